@@ -71,8 +71,12 @@ class CMakeBuild(build_ext):
             return
         nvcc = find_nvcc()
         if nvcc is None:
-            raise CompileError("WCMI_FAST_CUDA=1, but nvcc was not found in CUDACXX, CUDA_HOME/bin or PATH")
-        cmake_build(target, output, scratch, ["-DWCMI_FAST_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"])
+            raise CompileError(
+                "WCMI_FAST_CUDA=1, but nvcc was not found in CUDACXX, CUDA_HOME/bin or PATH"
+            )
+        cmake_build(
+            target, output, scratch, ["-DWCMI_FAST_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+        )
 
 
 def extensions() -> list[Extension]:

@@ -1,0 +1,34 @@
+"""What works on this machine, and why something else does not."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+import wcmi_fast
+from wcmi_fast.backends import cpu, registry
+
+
+def lines() -> list[tuple[str, str]]:
+    """Return the diagnosis as (what, finding) pairs."""
+    levels, level = cpu.simd_levels()
+    simd = cpu.BAD_LEVEL or f"{level} of {', '.join(levels) or 'none'} (WCMI_FAST_SIMD forces one)"
+    return [
+        ("wcmi_fast", wcmi_fast.__version__),
+        ("python", f"{platform.python_version()} on {platform.machine()}"),
+        ("torch", torch.__version__),
+        ("threads", f"{torch.get_num_threads()} (torch.set_num_threads)"),
+        ("SIMD level", simd),
+        *((f"back end {name}", _state(name)) for name in registry.IMPLS),
+    ]
+
+
+def _state(backend: str) -> str:
+    if backend == registry.REFERENCE:
+        return "ready: plain torch, every device"
+    operators = registry.OPERATORS[backend]
+    missing = registry.missing(backend)
+    if missing is not None:
+        return f"missing: {missing}"
+    return f"ready: {', '.join(operators)}"

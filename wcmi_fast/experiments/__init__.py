@@ -1,0 +1,1 @@
+"""Ready experiments with their tables, figures and reports."""

@@ -1,0 +1,7 @@
+"""The networks of the paper: encoders, both sides of the critic, and heads (spec section 5)."""
+
+from wcmi_fast.models.critics import GlobalCritic, LocalCritic, OneByOneBlock
+from wcmi_fast.models.encoders import BaselineH
+from wcmi_fast.models.heads import LinearHead, MLPHead
+
+__all__ = ["BaselineH", "GlobalCritic", "LinearHead", "LocalCritic", "MLPHead", "OneByOneBlock"]

@@ -1,0 +1,1 @@
+"""The trainer, its settings, checkpoints and run folders."""

@@ -1,0 +1,355 @@
+"""The trainer: encoders by a bound on information, and heads on frozen encoders."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Adam, Optimizer
+
+from wcmi_fast import functional
+from wcmi_fast.attacks import PGD
+from wcmi_fast.data import batches
+from wcmi_fast.models import BaselineH, GlobalCritic, LocalCritic, MLPHead
+from wcmi_fast.models.folding import folded
+from wcmi_fast.training.config import CriticGrad, EncoderConfig, HeadConfig
+from wcmi_fast.training.run_folder import RunFolder
+
+Bound = Callable[[Tensor, Tensor], Tensor]
+# Indices (B,), the part of training that is done and the epoch's generator -> representations.
+BatchFeatures = Callable[[Tensor, float, torch.Generator], Tensor]
+BOUNDS: dict[str, Bound] = {"dv": functional.dv}
+
+
+@dataclass(frozen=True)
+class Critic:
+    """Both sides of T[i, j, p] = <global_(g(x_i)), local(x_j)_p>."""
+
+    global_: nn.Module
+    local: nn.Module
+
+    def to(self, device: torch.device) -> Critic:
+        """Return both sides on a device."""
+        return Critic(self.global_.to(device), self.local.to(device))
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return both sides by name."""
+        return {"global_critic": self.global_, "local_critic": self.local}
+
+
+@contextmanager
+def seeded(*parts: object) -> Iterator[torch.Generator]:
+    """Seed torch's global CPU generator, and the one yielded, by the parts; restore it after.
+
+    Each epoch of each stage has its own seed, so a resumed run needs no saved random state.
+    """
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    seed = int.from_bytes(digest[:7], "big")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield torch.Generator().manual_seed(seed)
+
+
+def information_loss(
+    encoder: nn.Module,
+    critic: Critic,
+    bound: Bound,
+    critic_grad: CriticGrad,
+    critic_refresh: int = 1,
+) -> Callable[[Tensor], Tensor]:
+    """Return the attacker's loss x -> -bound, in nats, for one run of an attack.
+
+    See `EncoderConfig` for critic_grad and critic_refresh. A new one is needed for every batch:
+    it keeps the image side of the critic between refreshes.
+    """
+    if critic_grad == "full":
+        return lambda x: -bound(critic.global_(encoder(x)), critic.local(x))
+    kept: list[Tensor] = []
+
+    def loss(x: Tensor) -> Tensor:
+        step = len(kept)
+        stale = step == 0 or (critic_refresh > 0 and step % critic_refresh == 0)
+        with torch.no_grad():
+            kept.append(critic.local(x) if stale else kept[-1])
+        return -bound(critic.global_(encoder(x)), kept[-1])
+
+    return loss
+
+
+def scaled(attack: PGD, factor: float) -> PGD:
+    """Return the attack with eps and step size multiplied by a factor."""
+    # A factor of 0 makes eps 0, where the step size does not matter but must not be 0.
+    return replace(attack, eps=attack.eps * factor, step_size=attack.step_size * (factor or 1.0))
+
+
+def new_encoder(config: EncoderConfig, input_shape: tuple[int, int, int]) -> nn.Module:
+    """Build the untrained encoder that a config describes."""
+    return BaselineH(input_shape, dim=config.dim)
+
+
+def new_critic(dim: int, units: int, input_shape: tuple[int, int, int]) -> Critic:
+    """Build an untrained critic of U = units for representations of size dim."""
+    local = LocalCritic(input_shape, units=units).to(memory_format=torch.channels_last)
+    return Critic(GlobalCritic(dim, units=units), local)
+
+
+def train_encoder(
+    config: EncoderConfig,
+    x: Tensor,
+    *,
+    seed: int,
+    stage: str,
+    run: RunFolder,
+    on_batch: Callable[[], None] = lambda: None,
+) -> tuple[nn.Module, Critic]:
+    """Train an encoder and its critic to maximise (worst-case) information.
+
+    Each step attacks the batch with the modules in eval mode, then trains on it in train mode
+    (supplement, algorithm 2; objective with beta = 1, or beta = 0 without an attack).
+
+    Args:
+        config: the settings.
+        x: images (N, C, H, W), float32 in [0, 1].
+        seed: decides weights and order of the data.
+        stage: name under which checkpoints and metrics go.
+        run: folder of the run; an interrupted stage goes on after its last epoch.
+        on_batch: called after every batch.
+
+    Returns:
+        The encoder and the critic, in eval mode.
+
+    Raises:
+        FloatingPointError: the bound is not finite; the message names stage, epoch and batch.
+        CheckpointError: a checkpoint in `run` cannot be read or does not fit.
+    """
+    shape = (x.shape[1], x.shape[2], x.shape[3])
+    with seeded(seed, stage, "weights"):
+        encoder = new_encoder(config, shape).to(x.device).to(memory_format=torch.channels_last)
+        critic = new_critic(config.dim, config.units, shape).to(x.device)
+    trained = {"encoder": encoder, **critic.modules()}
+    averaged = {f"averaged_{name}": copy.deepcopy(module) for name, module in trained.items()}
+    weights = [p for module in trained.values() for p in module.parameters()]
+    optimizer = Adam(weights, lr=config.learning_rate)
+    bound = BOUNDS[config.bound]
+    per_epoch = len(x) // config.batch_size
+
+    def train_batch(x_clean: Tensor, done: float, generator: torch.Generator) -> float:
+        x_batch = x_clean
+        if config.attack is not None:
+            attack = scaled(config.attack, _ramp(done, config.eps_warmup))
+            frozen_critic = Critic(folded(critic.global_), folded(critic.local))
+            loss_fn = information_loss(
+                folded(encoder), frozen_critic, bound, config.critic_grad, config.critic_refresh
+            )
+            x_batch = attack.attack(loss_fn, x_clean, generator=generator)
+        _set_learning_rate(optimizer, config.learning_rate * _one_cycle(done))
+        value = bound(critic.global_(encoder(x_batch)), critic.local(x_batch))
+        optimizer.zero_grad(set_to_none=True)
+        (-value).backward()
+        nn.utils.clip_grad_norm_(weights, config.grad_clip)
+        optimizer.step()
+        return value.item()
+
+    def train_epoch(epoch: int, generator: torch.Generator) -> dict[str, float]:
+        values = []
+        for batch, indices in enumerate(batches(len(x), config.batch_size, generator)):
+            step = epoch * per_epoch + batch
+            value = train_batch(x[indices], step / (config.epochs * per_epoch), generator)
+            _check_finite("train_encoder", value, stage, epoch, batch)
+            values.append(value)
+            decay = min(config.averaging, (1 + step) / (10 + step))
+            _average_(averaged.values(), trained.values(), decay if config.averaging else 0.0)
+            on_batch()
+        return {"bound_nats": sum(values) / len(values)}
+
+    modules = {**trained, **averaged}
+    run_epochs(run, stage, seed, config.epochs, modules, optimizer, train_epoch)
+    result = [module.eval().requires_grad_(False) for module in averaged.values()]
+    return result[0], Critic(result[1], result[2])
+
+
+def train_head(
+    config: HeadConfig,
+    encoder: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    classes: int,
+    seed: int,
+    stage: str,
+    run: RunFolder,
+    on_batch: Callable[[], None] = lambda: None,
+) -> nn.Module:
+    """Train an MLP head on a frozen encoder by cross-entropy, on attacked images if robust.
+
+    A standard head computes the features of all images once. The encoder's weights get no gradient.
+
+    Args:
+        config: the settings; its attack makes the head robust.
+        encoder: images -> representations (N, D); used in eval mode and not changed.
+        x: images (N, C, H, W), float32 in [0, 1].
+        y: labels (N,), int64.
+        classes: number of classes.
+        seed: decides weights, dropout and order of the data.
+        stage: name under which checkpoints and metrics go.
+        run: folder of the run; an interrupted stage goes on after its last epoch.
+        on_batch: called after every batch.
+
+    Returns:
+        The head, in eval mode.
+
+    Raises:
+        FloatingPointError: the loss is not finite; the message names stage, epoch and batch.
+        CheckpointError: a checkpoint in `run` cannot be read or does not fit.
+    """
+    fixed = folded(encoder)
+    with seeded(seed, stage, "weights"):
+        head = MLPHead(represent(fixed, x[:1]).shape[1], classes).to(x.device)
+    optimizer = Adam(head.parameters(), lr=config.learning_rate)
+    per_epoch = len(x) // config.batch_size
+    if config.attack is None:
+        batch_features = _clean_features(fixed, x)
+    else:
+        batch_features = _attacked_features(config.attack, config.eps_warmup, fixed, head, x, y)
+
+    def train_epoch(epoch: int, generator: torch.Generator) -> dict[str, float]:
+        head.train()
+        losses = []
+        for batch, indices in enumerate(batches(len(x), config.batch_size, generator)):
+            done = (epoch * per_epoch + batch) / (config.epochs * per_epoch)
+            _set_learning_rate(optimizer, config.learning_rate * (1 - done))
+            features = batch_features(indices, done, generator)
+            loss = cross_entropy(head(features), y[indices])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            _check_finite("train_head", losses[-1], stage, epoch, batch)
+            on_batch()
+        return {"loss_nats": sum(losses) / len(losses)}
+
+    modules = {"head": head}
+    run_epochs(run, stage, seed, config.epochs, modules, optimizer, train_epoch)
+    return head.eval().requires_grad_(False)
+
+
+def _clean_features(encoder: nn.Module, x: Tensor) -> BatchFeatures:
+    features = represent(encoder, x)
+    return lambda indices, done, generator: features[indices]
+
+
+def _attacked_features(
+    attack: PGD, eps_warmup: float, encoder: nn.Module, head: nn.Module, x: Tensor, y: Tensor
+) -> BatchFeatures:
+    def batch_features(indices: Tensor, done: float, generator: torch.Generator) -> Tensor:
+        loss_fn = classification_loss(encoder, folded(head), y[indices])
+        ramped = scaled(attack, _ramp(done, eps_warmup))
+        x_adv = ramped.attack(loss_fn, x[indices], generator=generator)
+        return represent(encoder, x_adv)
+
+    return batch_features
+
+
+def run_epochs(
+    run: RunFolder,
+    stage: str,
+    seed: int,
+    epochs: int,
+    modules: Mapping[str, nn.Module],
+    optimizer: Optimizer,
+    train_epoch: Callable[[int, torch.Generator], dict[str, float]],
+) -> None:
+    """Run the epochs that a stage still lacks, with a checkpoint after each.
+
+    Every epoch has its own seed, so that a resumed run is the uninterrupted one, bit for bit.
+    """
+    start = run.restore_epoch(stage, modules, optimizer)
+    for epoch in range(start, epochs):
+        with seeded(seed, stage, epoch) as generator:
+            metrics = train_epoch(epoch, generator)
+        run.save_epoch(stage, epoch + 1, modules, optimizer, metrics)
+
+
+def classification_loss(
+    encoder: nn.Module, head: nn.Module, labels: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """Return the attacker's loss x -> cross-entropy per image (N,), in nats."""
+    return lambda x: cross_entropy(head(encoder(x)), labels, reduction="none")
+
+
+@torch.no_grad()
+def represent(encoder: nn.Module, x: Tensor, *, batch_size: int = 500) -> Tensor:
+    """Return the representations (N, D) of images, without gradient."""
+    return torch.cat([encoder(part) for part in x.split(batch_size)])
+
+
+def accuracy(
+    encoder: nn.Module,
+    head: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    attack: PGD | None,
+    batch_size: int = 125,
+    on_batch: Callable[[], None] = lambda: None,
+) -> float:
+    """Return the share of images classified correctly, in [0, 1], under an attack if one is given.
+
+    Args:
+        encoder: images -> representations; evaluated in eval mode.
+        head: representations -> logits; evaluated in eval mode.
+        x: images (N, C, H, W), float32 in [0, 1].
+        y: labels (N,), int64.
+        attack: maximises each image's cross-entropy; None for natural accuracy.
+        batch_size: images per batch; does not affect the result.
+        on_batch: called after every batch.
+    """
+    encoder, head = folded(encoder), folded(head)
+    correct = 0
+    for clean, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        images = clean
+        if attack is not None:
+            images = attack.attack(classification_loss(encoder, head, labels), images)
+        predicted = head(represent(encoder, images)).argmax(1)
+        correct += int((predicted == labels).sum())
+        on_batch()
+    return correct / len(x)
+
+
+def _ramp(done: float, warmup: float) -> float:
+    return min(1.0, done / warmup) if warmup > 0 else 1.0
+
+
+def _one_cycle(done: float, peak: float = 0.2) -> float:
+    if done < peak:
+        return max(done / peak, 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * (done - peak) / (1 - peak)))
+
+
+def _set_learning_rate(optimizer: Optimizer, value: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+@torch.no_grad()
+def _average_(averaged: Iterable[nn.Module], trained: Iterable[nn.Module], decay: float) -> None:
+    for slow, fast in zip(averaged, trained, strict=True):
+        states = zip(slow.state_dict().values(), fast.state_dict().values(), strict=True)
+        for old, new in states:
+            if old.is_floating_point():
+                old.lerp_(new, 1 - decay)
+
+
+def _check_finite(function: str, value: float, stage: str, epoch: int, batch: int) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"{function}: the value is {value} in stage {stage!r}, epoch {epoch}, batch {batch}; "
+            "try a lower learning_rate or grad_clip, or a longer eps_warmup"
+        )
