@@ -123,7 +123,7 @@ class PGD:
     def _run(
         self, loss_fn: Callable[[Tensor], Tensor], origin: Tensor, generator: torch.Generator
     ) -> Tensor:
-        best: _Best | None = None
+        best = _Best(origin, origin.new_full((), -math.inf))
         for _ in range(self.restarts):
             x_adv = self._start(origin, generator)
             for _ in range(self.steps):
@@ -137,7 +137,6 @@ class PGD:
                 return x_adv
             with torch.no_grad():
                 best = _keep_best(best, x_adv, _losses(loss_fn, x_adv))
-        assert best is not None  # restarts >= 1
         return best.x
 
     def _start(self, origin: Tensor, generator: torch.Generator) -> Tensor:
@@ -217,13 +216,11 @@ class _Best(NamedTuple):
     losses: Tensor
 
 
-def _keep_best(best: _Best | None, x_adv: Tensor, losses: Tensor) -> _Best:
+def _keep_best(best: _Best, x_adv: Tensor, losses: Tensor) -> _Best:
     losses = torch.where(losses.isnan(), -math.inf, losses)
-    if best is None:
-        return _Best(x_adv.clone(), losses)
-    better = (losses > best.losses).reshape(-1, *[1] * (x_adv.ndim - 1))
-    torch.where(better, x_adv, best.x, out=best.x)
-    return _Best(best.x, torch.maximum(losses, best.losses))
+    better = losses > best.losses
+    kept = torch.where(better.reshape(-1, *[1] * (x_adv.ndim - 1)), x_adv, best.x)
+    return _Best(kept, torch.maximum(losses, best.losses))
 
 
 def _value_and_grad(loss_fn: Callable[[Tensor], Tensor], x_adv: Tensor) -> tuple[Tensor, Tensor]:

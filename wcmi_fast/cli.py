@@ -49,7 +49,7 @@ Command = (
 def main(args: list[str] | None = None) -> None:
     """Run the command line; a user's error is one sentence on stderr and exit code 1."""
     given = sys.argv[1:] if args is None else args
-    command = tyro.cli(Command, args=given or ["info"], prog="wcmi-fast")  # type: ignore[call-overload]
+    command = tyro.cli(Command, args=given or ["info"], prog="wcmi-fast")
     console = Console()
     if isinstance(command, InfoCommand):
         _info(console)

@@ -20,7 +20,7 @@ def write_file(path: Path, content: bytes | str) -> None:
         _write_synced(temporary, data)
         temporary.replace(path)
     except OSError as error:
-        _discard(temporary)
+        discard(temporary)
         raise _explained(error, path) from error
 
 
@@ -33,16 +33,16 @@ def write_folder(path: Path, contents: Mapping[str, bytes]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     older = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
-        _discard(temporary)
+        discard(temporary)
         temporary.mkdir(parents=True)
         for name, data in contents.items():
             _write_synced(temporary / name, data)
         if path.exists():
             path.replace(older)
         temporary.replace(path)
-        _discard(older)
+        discard(older)
     except OSError as error:
-        _discard(temporary)
+        discard(temporary)
         raise _explained(error, path) from error
 
 
@@ -53,7 +53,8 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _discard(path: Path) -> None:
+def discard(path: Path) -> None:
+    """Remove a file or a folder with all it holds, if it is there."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -1,0 +1,1 @@
+"""Kernels of every back end, and the choice between them."""

@@ -332,10 +332,10 @@ def _pictures(here: _Context, trained: dict[str, _Trained], data: Data) -> Pictu
 
 
 def _saliency(trained: _Trained, x: Tensor) -> Tensor:
-    """Return the gradient of the batch's information with respect to its images."""
+    """Return the gradient of the batch's information loss (minus the bound) at its images."""
     point = x.detach().clone().requires_grad_()
     loss_fn = information_loss(trained.encoder, trained.critic, functional.dv, "full")
-    (gradient,) = torch.autograd.grad(-loss_fn(point), point)
+    (gradient,) = torch.autograd.grad(loss_fn(point), point)
     return gradient
 
 

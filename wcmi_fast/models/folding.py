@@ -6,7 +6,6 @@ import copy
 
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 
 def folded(module: nn.Module) -> nn.Module:
@@ -32,11 +31,26 @@ def _fold_sequence(sequence: nn.Sequential) -> None:
     layers: list[nn.Module] = []
     for layer in sequence:
         last = layers[-1] if layers else None
-        if isinstance(layer, nn.BatchNorm2d) and isinstance(last, nn.Conv2d):
-            layers[-1] = fuse_conv_bn_eval(last, layer)
-        elif isinstance(layer, nn.BatchNorm1d) and isinstance(last, nn.Linear):
-            layers[-1] = fuse_linear_bn_eval(last, layer)
+        if isinstance(layer, nn.BatchNorm2d) and isinstance(last, nn.Conv2d) and _foldable(layer):
+            _fold_into_(last, layer)
+        elif isinstance(layer, nn.BatchNorm1d) and isinstance(last, nn.Linear) and _foldable(layer):
+            _fold_into_(last, layer)
         elif not isinstance(layer, nn.Dropout):
             layers.append(layer)
     sequence._modules.clear()
     sequence._modules.update({str(i): layer for i, layer in enumerate(layers)})
+
+
+def _foldable(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> bool:
+    return norm.track_running_stats and norm.affine
+
+
+def _fold_into_(layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
+    # In place on the copy: torch.nn.utils.fusion copies a large layer several times more.
+    mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+    scale = norm.weight * torch.rsqrt(variance + norm.eps)
+    shift = norm.bias - mean * scale
+    if layer.bias is not None:
+        shift += layer.bias * scale
+    layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.dim() - 1)))
+    layer.bias = nn.Parameter(shift, requires_grad=False)

@@ -7,7 +7,6 @@ finished one leaves `stages/<name>.json`. What a killed run had finished is not 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from wcmi_fast.files import write_file
+from wcmi_fast.files import discard, write_file
 from wcmi_fast.training import checkpoint
 
 METRICS = "metrics.jsonl"
@@ -39,6 +38,9 @@ class RunFolder:
             raise OSError(
                 error.errno, f"{error.strerror}: the output folder {path} cannot be made"
             ) from error
+        # What a kill left half-written; it was never under its real name.
+        for temporary in path.rglob(".*.tmp"):
+            discard(temporary)
         # Fails now, with a sentence, rather than after minutes of training.
         write_file(path / ".writable", b"")
         (path / ".writable").unlink()
@@ -77,7 +79,7 @@ class RunFolder:
         with (self.path / METRICS).open("a") as file:
             file.write(json.dumps(record) + "\n")
         for older in self._epoch_folders(stage)[:-1]:
-            shutil.rmtree(older)
+            discard(older)
 
     def restore_epoch(
         self, stage: str, modules: Mapping[str, nn.Module], optimizer: Optimizer
