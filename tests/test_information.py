@@ -105,6 +105,29 @@ def test_the_critic_of_the_best_batch_is_kept(monkeypatch: pytest.MonkeyPatch) -
     assert snapshots[-1] == (best + 1, kept)
 
 
+def test_a_trained_critic_is_a_better_start_and_is_not_changed() -> None:
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    torch.manual_seed(1)
+    start = loop.new_critic(4, 16, SHAPE)
+    for _ in range(60):
+        x = images(20, int(torch.randint(1000, ())))
+        value = reference.dv(start.global_(encoder(x)), start.local(x))
+        value.backward()
+        for side in start.modules().values():
+            for weight in side.parameters():
+                weight.data -= -0.02 * weight.grad.sign()
+                weight.grad = None
+    before = [v.clone() for side in start.modules().values() for v in side.state_dict().values()]
+    few = replace(SMALL, epochs=1, learning_rate=1e-4)
+    means = []
+    for given in (None, start):
+        critic = train_critic(encoder, images(100, 0), few, attack=None, seed=0, start=given)
+        means.append(evaluate_critic(encoder, critic, images(100, 1), few, attack=None).mean)
+    assert means[1] > means[0] + 0.1
+    after = [v for side in start.modules().values() for v in side.state_dict().values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 def test_one_batch_has_no_standard_error() -> None:
     assert math.isnan(Estimate.of([1.0]).standard_error)
 

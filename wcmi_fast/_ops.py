@@ -33,7 +33,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake("wcmi_fast::critic_stats_fwd", lib=LIBRARY)
+@torch.library.register_fake("wcmi_fast::critic_stats_fwd", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _(
     z: Tensor, h: Tensor, zero_diagonal: bool, keep_scores: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,7 +43,7 @@ def _(
     return z.new_empty((n, p), dtype=dtype), z.new_empty((p,), dtype=dtype), scores
 
 
-@torch.library.register_fake("wcmi_fast::critic_stats_bwd", lib=LIBRARY)
+@torch.library.register_fake("wcmi_fast::critic_stats_bwd", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _(
     dpositives: Tensor,
     dlse: Tensor,
@@ -57,7 +57,7 @@ def _(
     return z.new_empty(z.shape if need_dz else (0,)), h.new_empty(h.shape if need_dh else (0,))
 
 
-@torch.library.register_fake("wcmi_fast::linf_step_", lib=LIBRARY)
+@torch.library.register_fake("wcmi_fast::linf_step_", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _(
     x: Tensor, grad: Tensor, origin: Tensor, eps: float, step_size: float, lo: float, hi: float
 ) -> None:

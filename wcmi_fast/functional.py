@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from wcmi_fast import reference
 from wcmi_fast._ops import accumulation_dtype
@@ -36,8 +35,12 @@ class _CriticStats(torch.autograd.Function):
         return positives, lse
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dpositives: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        # once_differentiable would not do: it takes the gradients for constants in z and h.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the kernels have no second derivative (create_graph=True); impl='reference' has"
+            )
         z, h, lse, scores = ctx.saved_tensors
         need_dz, need_dh, _ = ctx.needs_input_grad
         dz, dh = torch.ops.wcmi_fast.critic_stats_bwd(
@@ -108,7 +111,8 @@ def dv(z: Tensor, h: Tensor, *, diagonal: str = "exclude", impl: str | None = No
         return reference.dv(z, h, diagonal=diagonal)
     n = z.shape[0]
     positives, lse = _CriticStats.apply(z.contiguous(), h.contiguous(), diagonal == "zero")
-    return (positives - lse).mean() + math.log(n * (n - 1))
+    value: Tensor = (positives - lse).mean() + math.log(n * (n - 1))
+    return value
 
 
 def _check_step(x: Tensor, grad: Tensor, origin: Tensor) -> None:

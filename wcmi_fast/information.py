@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from collections.abc import Callable
@@ -85,6 +86,7 @@ def train_critic(
     *,
     attack: PGD | None,
     seed: int,
+    start: Critic | None = None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Critic:
     """Train a critic for a fixed encoder by ascent on the Donsker-Varadhan value of its batches.
@@ -97,6 +99,8 @@ def train_critic(
         config: the settings.
         attack: lowers each batch's value before the step; None for plain information.
         seed: decides weights and order of the data.
+        start: critic to begin with, such as the one an encoder was trained with; it is copied.
+            None begins with a new one of config.units.
         on_batch: called after every batch.
 
     Returns:
@@ -111,9 +115,12 @@ def train_critic(
     per_epoch = len(x) // config.batch_size
     best, best_value = None, -math.inf
     with seeded(seed, "critic", attack) as generator:
-        critic = new_critic(clean.shape[1], config.units, shape).to(x.device)
+        if start is None:
+            critic = new_critic(clean.shape[1], config.units, shape).to(x.device)
+        else:
+            critic = _trainable(start)
         weights = [p for side in critic.modules().values() for p in side.parameters()]
-        optimizer = Adam(weights, lr=config.learning_rate)
+        optimizer = Adam(weights, lr=config.learning_rate, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs * per_epoch)
         for _ in range(config.epochs):
             for indices in batches(len(x), config.batch_size, generator):
@@ -192,6 +199,7 @@ def representation_vulnerability(
     attack: PGD,
     classes: int,
     training_attack: PGD | None = None,
+    start: Critic | None = None,
     config: CriticConfig | None = None,
     seed: int = 0,
     on_batch: Callable[[], None] = lambda: None,
@@ -208,6 +216,8 @@ def representation_vulnerability(
         attack: the perturbations allowed, and how to look for the worst.
         classes: number of classes, for the bound of theorem 3.4.
         training_attack: a cheaper attack for training the worst-case critic; None is `attack`.
+        start: critic that both critics begin with (each a copy), such as the one the encoder was
+            trained with; any critic gives a lower bound, a trained one a better one sooner.
         config: the settings of the critics.
         seed: decides the critics' weights and the order of the data.
         on_batch: called after every batch.
@@ -224,7 +234,7 @@ def representation_vulnerability(
     estimates = []
     for training, testing in ((None, None), (training_attack or attack, attack)):
         critic = train_critic(
-            encoder, x_train, config, attack=training, seed=seed, on_batch=on_batch
+            encoder, x_train, config, attack=training, seed=seed, start=start, on_batch=on_batch
         )
         estimates.append(
             evaluate_critic(encoder, critic, x_test, config, attack=testing, on_batch=on_batch)
@@ -233,6 +243,11 @@ def representation_vulnerability(
     differences = [a - b for a, b in zip(normal.batches, worst.batches, strict=True)]
     bound = adversarial_accuracy_upper_bound(worst.mean, classes)
     return Vulnerability(normal, worst, Estimate.of(differences), bound, config.critic_grad)
+
+
+def _trainable(critic: Critic) -> Critic:
+    sides = [copy.deepcopy(side).train().requires_grad_(True) for side in critic.modules().values()]
+    return Critic(*sides)
 
 
 def _snapshot(critic: Critic) -> Critic:

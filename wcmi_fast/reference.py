@@ -7,6 +7,7 @@ baseline. float16 and bfloat16 are computed in float32.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -17,7 +18,10 @@ from wcmi_fast._ops import accumulation_dtype
 def scores(z: Tensor, h: Tensor) -> Tensor:
     """Return T (N, N, P), T[i, j, p] = <z[i], h[j, p]>, for z (N, U) and h (N, P, U)."""
     dtype = accumulation_dtype(z.dtype)
-    return torch.einsum("iu,jpu->ijp", z.to(dtype), h.to(dtype))
+    # Scores in the dtype of the docs, also under autocast; the meta device has none to turn off.
+    available = torch.amp.is_autocast_available(z.device.type)
+    with torch.autocast(z.device.type, enabled=False) if available else nullcontext():
+        return torch.einsum("iu,jpu->ijp", z.to(dtype), h.to(dtype))
 
 
 def dv(z: Tensor, h: Tensor, *, diagonal: str = "exclude") -> Tensor:
@@ -31,6 +35,7 @@ def dv(z: Tensor, h: Tensor, *, diagonal: str = "exclude") -> Tensor:
     return (positives - lse).mean() + math.log(n * (n - 1))
 
 
+@torch.no_grad()
 def linf_step_(
     x: Tensor,
     grad: Tensor,

@@ -99,7 +99,8 @@ static void linf_step_run(typename S::Element* x, const typename S::Element* gra
     const T start = S::widen(x[i]);
     const T centre = S::widen(origin[i]);
     const T sign = static_cast<T>(g > 0) - static_cast<T>(g < 0);
-    T moved = rounded<S>(start + sign * step);
+    // Rounded after the product: a step beyond the type's range times a sign of 0 is 0, not NaN.
+    T moved = rounded<S>(start + rounded<S>(sign * step));
     moved = at_least(moved, rounded<S>(centre - eps));
     moved = at_most(moved, rounded<S>(centre + eps));
     moved = at_most(at_least(moved, lo), hi);
@@ -118,9 +119,10 @@ static void linf_step_as(void* x, const void* grad, const void* origin, int64_t 
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t at = block * kBlock;
     const int64_t size = count - at < kBlock ? count - at : kBlock;
+    // Torch's CPU kernels round the scalar of a sum (eps) to the storage type, not a product's.
     linf_step_run<S>(static_cast<E*>(x) + at, static_cast<const E*>(grad) + at,
-                     static_cast<const E*>(origin) + at, size, static_cast<T>(eps),
-                     rounded<S>(static_cast<T>(step_size)), rounded<S>(static_cast<T>(lo)),
+                     static_cast<const E*>(origin) + at, size, rounded<S>(static_cast<T>(eps)),
+                     static_cast<T>(step_size), rounded<S>(static_cast<T>(lo)),
                      rounded<S>(static_cast<T>(hi)));
   }
 }

@@ -58,7 +58,7 @@ __global__ void linf_step_kernel(typename S::Element* x, const typename S::Eleme
                                  typename S::Wide eps, typename S::Wide step_size,
                                  typename S::Wide lower, typename S::Wide upper) {
   typedef typename S::Wide T;
-  const T step = rounded<S>(step_size), lo = rounded<S>(lower), hi = rounded<S>(upper);
+  const T lo = rounded<S>(lower), hi = rounded<S>(upper);
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < count;
        i += stride) {
@@ -66,7 +66,7 @@ __global__ void linf_step_kernel(typename S::Element* x, const typename S::Eleme
     if (g != g) continue;
     const T centre = S::widen(origin[i]);
     const T sign = static_cast<T>(g > 0) - static_cast<T>(g < 0);
-    T moved = rounded<S>(S::widen(x[i]) + sign * step);
+    T moved = rounded<S>(S::widen(x[i]) + rounded<S>(sign * step_size));
     moved = at_least(moved, rounded<S>(centre - eps));
     moved = at_most(moved, rounded<S>(centre + eps));
     x[i] = S::narrow(at_most(at_least(moved, lo), hi));

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import os
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from wcmi_fast._ops import LIBRARY, accumulation_dtype
+from wcmi_fast.backends.binary import DTYPES, load
+from wcmi_fast.backends.layout import dense, laid_out_as
 
-OPERATORS = ("critic_stats", "linf_step_")
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+OPERATORS: tuple[str, ...] = ("critic_stats", "linf_step_")
 
 # A tile of T stays in the second-level cache between the product and the reductions.
 TILE_BYTES = 1 << 20
 
-# torch is imported above, before the binary, so that both share one OpenMP runtime.
-MISSING: str | None = None
-_binary: ModuleType | None = None
-try:
-    from wcmi_fast import _cpu as _binary
-except ImportError as error:
-    MISSING = (
-        f"its binary wcmi_fast._cpu does not load ({error}); reinstall with a C++17 compiler by"
-        " `pip install --force-reinstall --no-deps .`"
-    )
+_binary, MISSING = load(
+    "_cpu",
+    "reinstall with a C++17 compiler by `pip install --force-reinstall --no-deps .`",
+)
 
 
-def _select_level(binary: ModuleType | None) -> str | None:
+def _select_level(binary: Any) -> str | None:
     """Apply WCMI_FAST_SIMD; return the sentence to raise at the first call if it is wrong."""
     wanted = os.environ.get("WCMI_FAST_SIMD")
     if binary is None or wanted is None:
@@ -71,11 +66,11 @@ def critic_stats_fwd(
             start = first * p if keep_scores else 0
             tile = buffer[start : start + count * p]
             torch.mm(h[first : first + count].to(dtype).view(-1, u), z.t(), out=tile)
-            _binary.critic_stats_fwd(  # type: ignore[union-attr]
+            _binary.critic_stats_fwd(
                 code, tile.data_ptr(), first, count, n, p,
                 positives.data_ptr(), row_max.data_ptr(), row_sum.data_ptr(), threads,
             )  # fmt: skip
-    _binary.critic_stats_lse(  # type: ignore[union-attr]
+    _binary.critic_stats_lse(
         code, row_max.data_ptr(), row_sum.data_ptr(), n, p, zero_diagonal, lse.data_ptr()
     )
     return positives, lse, buffer if keep_scores else z.new_empty(0)
@@ -107,7 +102,7 @@ def critic_stats_bwd(
             tile = scores[first * p : (first + count) * p] if scores.numel() else grad
             if not scores.numel():
                 torch.mm(rows, wide_z.t(), out=tile)
-            _binary.critic_stats_bwd(  # type: ignore[union-attr]
+            _binary.critic_stats_bwd(
                 code, tile.data_ptr(), first, count, n, p,
                 lse.data_ptr(), dpositives.data_ptr(), dlse.data_ptr(), grad.data_ptr(), threads,
             )  # fmt: skip
@@ -118,28 +113,21 @@ def critic_stats_bwd(
     return dz.to(z.dtype), dh
 
 
-def _is_dense(x: Tensor) -> bool:
-    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return channels_last or x.is_contiguous()
-
-
-def _laid_out_as(x: Tensor, like: Tensor) -> Tensor:
-    """Return x with the memory layout of `like`: itself, or one copy."""
-    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
-
-
 def linf_step_(
     x: Tensor, grad: Tensor, origin: Tensor, eps: float, step_size: float, lo: float, hi: float
 ) -> None:
     """Make one projected sign step in place; see kernels.h."""
-    target = x if _is_dense(x) else x.contiguous()
-    grad, origin = _laid_out_as(grad, target), _laid_out_as(origin, target)
-    _binary.linf_step(  # type: ignore[union-attr]
+    target = dense(x)
+    grad, origin = laid_out_as(grad, target), laid_out_as(origin, target)
+    _binary.linf_step(
         DTYPES[x.dtype], target.data_ptr(), grad.data_ptr(), origin.data_ptr(), x.numel(),
         eps, step_size, lo, hi, torch.get_num_threads(),
     )  # fmt: skip
     if target is not x:
         x.copy_(target)
+    elif not x.is_inference():
+        # Else autograd would not see that a tensor saved for a backward pass has changed.
+        torch.autograd.graph.increment_version(x)
 
 
 if _binary is not None:

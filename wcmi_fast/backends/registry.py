@@ -24,6 +24,13 @@ def why_not(backend: str, operator: str, device_type: str) -> str | None:
         return f"wcmi_fast has no {backend} kernel for it yet"
     if backend not in PREFERENCE.get(device_type, ()):
         return f"that back end does not run on {device_type} tensors"
+    return missing(backend)
+
+
+def missing(backend: str) -> str | None:
+    """Return why a back end is not installed, and how to get it; None if it is."""
+    if backend == "triton":
+        return "wcmi_fast has no triton kernels yet"
     return cpu.MISSING if backend == "cpu" else cuda.MISSING
 
 

@@ -46,12 +46,12 @@ EVALUATION_BATCH = 125
 
 # Seconds per batch on two cores of the machine of docs/quickstart.md, only for the progress bar.
 SECONDS = {
-    "encoder-standard": 0.08,
-    "encoder-worst-case": 0.3,
-    "head-standard": 0.005,
+    "encoder-standard": 0.055,
+    "encoder-worst-case": 0.22,
+    "head-standard": 0.008,
     "head-robust": 0.4,
-    "accuracy": 0.5,
-    "information": 0.3,
+    "accuracy": 0.7,
+    "information": 0.2,
 }
 
 
@@ -103,18 +103,21 @@ def plan(job: Quickstart) -> Plan:
     # Training attacks take fewer and longer steps than the test's; random starts keep an encoder
     # from learning to defeat one particular path (docs/quickstart.md).
     attack = PGD(eps=job.eps, step_size=0.7 * job.eps or 1.0, steps=3, random_start=True)
-    encoder = EncoderConfig(attack=None, epochs=epochs(7), batch_size=32)
+    encoder = EncoderConfig(attack=None, epochs=epochs(5), batch_size=32)
     standard = HeadConfig(attack=None, epochs=epochs(10))
-    strong = PGD(eps=job.eps, step_size=job.eps / 3 or 1.0, steps=7)
-    robust = HeadConfig(attack=strong, epochs=epochs(3), learning_rate=2e-3)
+    robust = HeadConfig(
+        attack=PGD(eps=job.eps, step_size=0.4 * job.eps or 1.0, steps=5),
+        epochs=epochs(2),
+        learning_rate=3e-3,
+    )
     return Plan(
         train_images=max(400, round(TRAIN_IMAGES * images)),
         test_images=max(200, round(TEST_IMAGES * images)),
         evaluation=PGD(eps=job.eps, step_size=job.eps / 3 or 1.0, steps=10),
         encoders={"standard": encoder, "worst-case": replace(encoder, attack=attack)},
         heads={"standard": standard, "robust": robust},
-        critic=CriticConfig(epochs=epochs(2)),
-        critic_attack=attack,
+        critic=CriticConfig(epochs=epochs(2), batch_size=100),
+        critic_attack=replace(attack, steps=2),
     )
 
 
@@ -314,6 +317,7 @@ def _information(here: _Context, name: str, trained: _Trained, data: Data) -> di
         data.x_test,
         attack=here.work.evaluation,
         training_attack=here.work.critic_attack,
+        start=trained.critic,
         classes=CLASSES,
         config=here.work.critic,
         seed=here.job.seed,
@@ -365,7 +369,6 @@ def _settings(here: _Context) -> dict[str, Any]:
 
 
 def _critic_batches(work: Plan) -> float:
-    # An unattacked batch costs about a tenth of an attacked one.
     batches = work.train_images // work.critic.batch_size * work.critic.epochs
     return 2 * (batches + work.test_images // work.critic.batch_size)
 

@@ -136,7 +136,7 @@ def train_encoder(
     trained = {"encoder": encoder, **critic.modules()}
     averaged = {f"averaged_{name}": copy.deepcopy(module) for name, module in trained.items()}
     weights = [p for module in trained.values() for p in module.parameters()]
-    optimizer = Adam(weights, lr=config.learning_rate)
+    optimizer = Adam(weights, lr=config.learning_rate, fused=True)
     bound = BOUNDS[config.bound]
     per_epoch = len(x) // config.batch_size
 
@@ -212,7 +212,7 @@ def train_head(
     fixed = folded(encoder)
     with seeded(seed, stage, "weights"):
         head = MLPHead(represent(fixed, x[:1]).shape[1], classes).to(x.device)
-    optimizer = Adam(head.parameters(), lr=config.learning_rate)
+    optimizer = Adam(head.parameters(), lr=config.learning_rate, fused=True)
     per_epoch = len(x) // config.batch_size
     if config.attack is None:
         batch_features = _clean_features(fixed, x)

@@ -1,0 +1,123 @@
+"""Hypothesis strategies: shapes at and around tile and vector edges, types, scales, layouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from oracle import DTYPES, binary
+from torch import Tensor
+
+N_EDGES = (2, 3, 15, 16, 17, 31, 33, 63, 65)
+P_EDGES = (1, 2, 49, 64)
+U_EDGES = (1, 7, 64)
+LAYOUTS = ("contiguous", "offset", "sliced", "transposed", "expanded")
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """Return a tensor of x's shape whose memory looks as `layout` says; x's values but expanded."""
+    if layout == "offset":  # one element past what an allocation is aligned to
+        flat = x.new_zeros(x.numel() + 1)
+        flat[1:] = x.flatten()
+        return flat[1:].view(x.shape)
+    if layout == "sliced":
+        wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan)
+        wide[..., 1::2] = x
+        return wide[..., 1::2]
+    if layout == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "expanded":
+        return x[:1].expand(x.shape)
+    return x.contiguous()
+
+
+@dataclass(frozen=True)
+class DvCase:
+    z: Tensor
+    h: Tensor
+    diagonal: str
+    level: str | None
+    tile_bytes: int
+    kept_bytes: int
+
+    def __repr__(self) -> str:
+        return (
+            f"DvCase(z={tuple(self.z.shape)} strides {self.z.stride()}, h={tuple(self.h.shape)}"
+            f" strides {self.h.stride()}, {self.z.dtype}, |z|={self.z.abs().max().item():.3g},"
+            f" {self.diagonal}, {self.level}, tile {self.tile_bytes}, kept {self.kept_bytes})"
+        )
+
+
+@st.composite
+def dv_cases(draw: st.DrawFn) -> DvCase:
+    n, p, u = (draw(st.sampled_from(edges)) for edges in (N_EDGES, P_EDGES, U_EDGES))
+    dtype = draw(st.sampled_from(DTYPES))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    # Scores of standard deviation 0.01 to 100: their largest are beyond +-150.
+    scale = (draw(st.sampled_from((0.01, 1.0, 10.0, 100.0))) / u**0.5) ** 0.5
+    # Means away from 0 so that z is no stand-in for h, nor an image for another.
+    z = (torch.randn(n, u, generator=generator) + 0.3).mul(scale).to(dtype)
+    h = (torch.randn(n, p, u, generator=generator) - 0.2).mul(scale).to(dtype)
+    z, h = (lay_out(t, draw(st.sampled_from(LAYOUTS))) for t in (z, h))
+    if p == 1 and draw(st.booleans()):
+        h = h[:, 0]
+    return DvCase(
+        z,
+        h,
+        diagonal=draw(st.sampled_from(("exclude", "zero"))),
+        level=draw(st.sampled_from(binary().levels())) if binary() else None,
+        # One image a tile, a few, all; T recomputed in the backward pass, kept.
+        tile_bytes=draw(st.sampled_from((1, 3 * n * p * 8, 1 << 20))),
+        kept_bytes=draw(st.sampled_from((0, 4 << 20))),
+    )
+
+
+STEP_SIZES = (0, 1, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 1000)
+STEP_BLOCK_SIZES = (16383, 16384, 16385, 32768, 32769, 49151, 65537)
+EXTREMES = (0.0, -0.0, 1.0, -1.0, 0.5, 1e-8, 6e-8, 1e-40, -1e-40, 1e-310, 6e4, -6e4, 3e38)
+INFINITIES = (float("inf"), -float("inf"), float("nan"))
+
+
+@dataclass(frozen=True)
+class StepCase:
+    x: Tensor
+    grad: Tensor
+    origin: Tensor
+    eps: float
+    step_size: float
+    clip: tuple[float, float]
+
+    def __repr__(self) -> str:
+        return (
+            f"StepCase({self.x.dtype}, {tuple(self.x.shape)}, eps {self.eps},"
+            f" step {self.step_size}, clip {self.clip})"
+        )
+
+
+def _with_extremes(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    extremes = torch.tensor((*EXTREMES, *INFINITIES), dtype=torch.float64).to(x.dtype)
+    chosen = extremes[torch.randint(len(extremes), x.shape, generator=generator)]
+    return torch.where(torch.rand(x.shape, generator=generator) < share, chosen, x)
+
+
+@st.composite
+def step_cases(draw: st.DrawFn) -> StepCase:
+    dtype = draw(st.sampled_from(DTYPES))
+    size = draw(st.sampled_from(STEP_SIZES + STEP_BLOCK_SIZES))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    share = draw(st.sampled_from((0.0, 0.3)))
+    eps = draw(st.sampled_from((0.0, 1e-8, 8 / 255, 0.3, 2.0)))
+    origin = torch.rand(size, generator=generator, dtype=torch.float64)
+    x = origin + 2 * eps * (torch.rand(size, generator=generator, dtype=torch.float64) - 0.5)
+    grad = torch.randn(size, generator=generator, dtype=torch.float64)
+    grad[torch.rand(size, generator=generator) < 0.1] = 0
+    x, grad, origin = (_with_extremes(t.to(dtype), share, generator) for t in (x, grad, origin))
+    return StepCase(
+        x,
+        grad,
+        origin,
+        eps,
+        step_size=draw(st.sampled_from((1e-8, 0.01, 0.1, 1 / 3, 7.0, 1e5))),
+        clip=draw(st.sampled_from(((0.0, 1.0), (-1.0, 1.0), (0.1, 0.7), (-1e4, 1e4)))),
+    )
