@@ -70,9 +70,9 @@ void critic_stats_bwd(int dtype, uintptr_t tile, int64_t first, int64_t images, 
                       int64_t P, uintptr_t lse, uintptr_t dpositives, uintptr_t dlse,
                       uintptr_t grad, int threads) {
   if (dtype == kFloat64) {
-    kernels().critic_stats_bwd_f64(pointer<double>(tile), first, images, N, P,
-                                   pointer<double>(lse), pointer<double>(dpositives),
-                                   pointer<double>(dlse), pointer<double>(grad), threads);
+    kernels().critic_stats_bwd_f64(pointer<double>(tile), first, images, N, P, pointer<double>(lse),
+                                   pointer<double>(dpositives), pointer<double>(dlse),
+                                   pointer<double>(grad), threads);
   } else {
     kernels().critic_stats_bwd_f32(pointer<float>(tile), first, images, N, P, pointer<float>(lse),
                                    pointer<float>(dpositives), pointer<float>(dlse),

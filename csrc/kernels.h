@@ -43,10 +43,10 @@ struct CpuKernels {
 };
 
 // One table per instruction set, filled by csrc/cpu/*_<level>.cpp.
-#define WCMI_DECLARE_LEVEL(LEVEL)               \
-  namespace LEVEL {                             \
-  void fill_critic_stats(CpuKernels* kernels);  \
-  void fill_linf_step(CpuKernels* kernels);     \
+#define WCMI_DECLARE_LEVEL(LEVEL)              \
+  namespace LEVEL {                            \
+  void fill_critic_stats(CpuKernels* kernels); \
+  void fill_linf_step(CpuKernels* kernels);    \
   }
 WCMI_DECLARE_LEVEL(base)
 WCMI_DECLARE_LEVEL(avx2)

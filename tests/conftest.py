@@ -9,6 +9,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+# A subprocess must find the installed package, as this process does, and not the checkout's folder
+# without binaries in the current directory.
+os.environ["PYTHONSAFEPATH"] = "1"
+
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")

@@ -37,17 +37,17 @@ def run_folder(cwd: Path) -> Path:
 
 def results(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    return {key: value for key, value in found.items() if key not in ("seconds", "command")}
+    return {key: value for key, value in found.items() if key != "seconds"}
 
 
-def interrupt(cwd: Path, reached: Callable[[], bool], how: signal.Signals) -> int:
+def interrupt(cwd: Path, reached: Callable[[], bool], how: signal.Signals) -> tuple[int, str]:
     process = start(*TINY, cwd=cwd)
     while not reached():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     process.send_signal(how)
-    process.communicate()
-    return process.returncode
+    said, _ = process.communicate()
+    return process.returncode, said
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_a_run_leaves_all_its_files(whole: tuple[Path, str]) -> None:
         difference = information["information"]["mean"] - information["worst_case"]["mean"]
         assert information["vulnerability"]["mean"] == pytest.approx(difference)
     config = tomllib.loads((folder / "config.toml").read_text())
-    assert config["job"] == {"seed": 5, "eps": 0.15, "budget": 0.2, "device": "cpu"}
+    assert config["job"] == {"seed": 5, "eps": 0.2, "budget": 0.2, "device": "cpu"}
     stages = {json.loads(line)["stage"] for line in (folder / "metrics.jsonl").open()}
     assert stages == {path.name for path in (folder / "checkpoints").iterdir()}
     assert "http" not in (folder / "report.html").read_text().replace("http://www.w3.org", "")
@@ -104,7 +104,7 @@ def test_a_killed_run_resumes_to_the_same_results(
         time.sleep(delay)
         return True
 
-    assert interrupt(tmp_path, reached, signal.SIGKILL) == -signal.SIGKILL
+    assert interrupt(tmp_path, reached, signal.SIGKILL)[0] == -signal.SIGKILL
     folder = run_folder(tmp_path)
     assert not (folder / "results.json").exists()
     finish("quickstart", "--resume", str(folder), cwd=tmp_path)
@@ -116,7 +116,10 @@ def test_a_killed_run_resumes_to_the_same_results(
 @pytest.mark.slow
 def test_control_c_says_how_to_go_on(tmp_path: Path) -> None:
     reached = lambda: any(tmp_path.glob("runs/*/metrics.jsonl"))  # noqa: E731
-    assert interrupt(tmp_path, reached, signal.SIGINT) == 130
+    code, said = interrupt(tmp_path, reached, signal.SIGINT)
+    assert code == 130
+    folder = run_folder(tmp_path).relative_to(tmp_path)
+    assert f"Interrupted; to go on: wcmi-fast quickstart --resume {folder}" in said
 
 
 def test_a_budget_decides_the_work() -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -15,6 +14,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from wcmi_fast import diagnosis
+
+if TYPE_CHECKING:
+    from wcmi_fast.experiments import quickstart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +57,7 @@ def main(args: list[str] | None = None) -> None:
         _info(console)
         return
     try:
-        _quickstart(command, console, shlex.join(["wcmi-fast", *given]))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        _quickstart(command, console)
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, RuntimeError) as error:
         Console(stderr=True).print(f"wcmi-fast: {error}", style="red", markup=False)
         raise SystemExit(1) from error
@@ -70,7 +70,7 @@ def _info(console: Console) -> None:
     console.print(table)
 
 
-def _quickstart(command: QuickstartCommand, console: Console, line: str) -> None:
+def _quickstart(command: QuickstartCommand, console: Console) -> None:
     # Here rather than above: `wcmi-fast info` needs no trainer.
     from wcmi_fast.experiments import quickstart, report
 
@@ -80,7 +80,21 @@ def _quickstart(command: QuickstartCommand, console: Console, line: str) -> None
         folder = command.out / f"quickstart-{datetime.now():%Y%m%d-%H%M%S}"
     else:
         job, folder = quickstart.interrupted(command.resume), command.resume
-    console.print(f"Run folder: {folder}  (after an interruption: --resume {folder})")
+    console.print(f"Run folder: {folder}", soft_wrap=True)
+    try:
+        results = _with_progress(job, folder, console)
+    except KeyboardInterrupt:
+        resume = f"Interrupted; to go on: wcmi-fast quickstart --resume {folder}"
+        console.print(resume, soft_wrap=True)
+        raise SystemExit(130) from None
+    console.print(report.accuracy_table(results))
+    console.print(report.information_table(results))
+    console.print(f"Report: {folder / 'report.html'} ({results['seconds']:.0f} s)", soft_wrap=True)
+
+
+def _with_progress(job: quickstart.Quickstart, folder: Path, console: Console) -> dict[str, Any]:
+    from wcmi_fast.experiments import quickstart
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -91,13 +105,9 @@ def _quickstart(command: QuickstartCommand, console: Console, line: str) -> None
     )
     with Progress(*columns, console=console, speed_estimate_period=60) as progress:
         task = progress.add_task("start", total=quickstart.nominal_seconds(job, folder))
-        results = quickstart.run(
+        return quickstart.run(
             job,
             folder,
-            command=line,
             say=lambda stage: progress.update(task, description=f"{stage:<28}"),
             advance=lambda seconds: progress.advance(task, seconds),
         )
-    console.print(report.accuracy_table(results))
-    console.print(report.information_table(results))
-    console.print(f"Report: {folder / 'report.html'}   {results['seconds']:.0f} s")

@@ -54,8 +54,7 @@ struct Float16 {
     const uint32_t rebias = exponent == 0x0f800000u ? (255u - 31u) << 23 : (127u - 15u) << 23;
     // A subnormal: with the exponent of 2^-14 the hidden bit is one too many; subtract it.
     const float subnormal = bits_of<float>(magnitude + (113u << 23)) - bits_of<float>(113u << 23);
-    const uint32_t value =
-        exponent == 0 ? bits_of<uint32_t>(subnormal) : magnitude + rebias;
+    const uint32_t value = exponent == 0 ? bits_of<uint32_t>(subnormal) : magnitude + rebias;
     return bits_of<float>(value | (static_cast<uint32_t>(x & 0x8000u) << 16));
   }
   static inline Element narrow(Wide x) {
@@ -90,9 +89,8 @@ static inline T at_most(T x, T bound) {
 
 template <typename S>
 static void linf_step_run(typename S::Element* x, const typename S::Element* grad,
-                          const typename S::Element* origin, int64_t count,
-                          typename S::Wide eps, typename S::Wide step, typename S::Wide lo,
-                          typename S::Wide hi) {
+                          const typename S::Element* origin, int64_t count, typename S::Wide eps,
+                          typename S::Wide step, typename S::Wide lo, typename S::Wide hi) {
   typedef typename S::Wide T;
   for (int64_t i = 0; i < count; ++i) {
     const T g = S::widen(grad[i]);

@@ -1,5 +1,5 @@
-// CUDA form of linf_step; see kernels.h for what it computes. Built with --fmad=false, so that every
-// operation rounds as torch's does.
+// CUDA form of linf_step; see kernels.h for what it computes. Built with --fmad=false, so that
+// every operation rounds as torch's does.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -81,9 +81,10 @@ cudaError_t launch(void* x, const void* grad, const void* origin, int64_t count,
   constexpr int kThreads = 256;
   constexpr int64_t kMaxBlocks = 4096;
   const int64_t blocks = (count + kThreads - 1) / kThreads;
-  linf_step_kernel<S><<<blocks < kMaxBlocks ? blocks : kMaxBlocks, kThreads, 0, stream>>>(
-      static_cast<E*>(x), static_cast<const E*>(grad), static_cast<const E*>(origin), count,
-      static_cast<T>(eps), static_cast<T>(step_size), static_cast<T>(lo), static_cast<T>(hi));
+  linf_step_kernel<S> < <<blocks<kMaxBlocks ? blocks : kMaxBlocks, kThreads, 0, stream>>>(
+                            static_cast<E*>(x), static_cast<const E*>(grad),
+                            static_cast<const E*>(origin), count, static_cast<T>(eps),
+                            static_cast<T>(step_size), static_cast<T>(lo), static_cast<T>(hi));
   return cudaGetLastError();
 }
 
@@ -108,6 +109,8 @@ int linf_step_cuda(void* x, const void* grad, const void* origin, int64_t count,
   return cudaErrorInvalidValue;
 }
 
-const char* cuda_error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+const char* cuda_error_text(int error) {
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
 
 }  // namespace wcmi

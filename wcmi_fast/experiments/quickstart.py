@@ -21,7 +21,7 @@ from wcmi_fast import functional
 from wcmi_fast.attacks import PGD
 from wcmi_fast.backends import cpu
 from wcmi_fast.data import Data, load_mnist5k
-from wcmi_fast.experiments.report import Pictures, write_report
+from wcmi_fast.experiments.report import Pictures, check_packages, write_report
 from wcmi_fast.files import write_file
 from wcmi_fast.information import CriticConfig, representation_vulnerability
 from wcmi_fast.models.folding import folded
@@ -125,7 +125,6 @@ def run(
     job: Quickstart,
     folder: Path,
     *,
-    command: str = "",
     say: Callable[[str], None] = lambda line: None,
     advance: Callable[[float], None] = lambda seconds: None,
 ) -> dict[str, Any]:
@@ -134,7 +133,6 @@ def run(
     Args:
         job: the settings; those of an interrupted run must be the same (see `interrupted`).
         folder: gets config.toml, metrics.jsonl, checkpoints/, results.json and report.html.
-        command: how it was started, for the report.
         say: called with the name of each stage.
         advance: called with the nominal seconds of each piece of work done (see `nominal_seconds`).
 
@@ -143,11 +141,13 @@ def run(
 
     Raises:
         ValueError: settings out of range.
+        ModuleNotFoundError: a package of the extra `demo` is missing.
         OSError: the folder cannot be written to, or the disk is full.
         CheckpointError: a checkpoint in the folder cannot be read or does not fit.
         FloatingPointError: training diverged.
     """
     start = time.monotonic()
+    check_packages()  # now rather than after minutes of training
     out = RunFolder(folder)
     here = _Context(job, plan(job), out, say, advance)
     write_file(folder / "config.toml", tomli_w.dumps(configuration(job)))
@@ -163,7 +163,7 @@ def run(
         "settings": _settings(here),
         "accuracy": accuracies,
         "information": information,
-        "command": command,
+        "command": _command(job),
         "seconds": time.monotonic() - start,
     }
     say("report")
@@ -347,6 +347,13 @@ def _saliency(trained: _Trained, x: Tensor) -> Tensor:
     loss_fn = information_loss(trained.encoder, trained.critic, functional.dv, "full")
     (gradient,) = torch.autograd.grad(loss_fn(point), point)
     return gradient
+
+
+def _command(job: Quickstart) -> str:
+    return (
+        f"wcmi-fast quickstart --seed {job.seed} --eps {job.eps} --budget {job.budget}"
+        f" --device {job.device}"
+    )
 
 
 def _settings(here: _Context) -> dict[str, Any]:

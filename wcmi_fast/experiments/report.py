@@ -74,7 +74,7 @@ def write_report(
         OSError: the file cannot be written.
         ValueError: a setting that the report quotes is missing; pictures that disagree in shape.
     """
-    _check_packages()
+    check_packages()
     _check_settings(results["settings"])
     _check_pictures(pictures)
     page = _template().render(
@@ -488,7 +488,8 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _check_packages() -> None:
+def check_packages() -> None:
+    """Raise ModuleNotFoundError, with the remedy, unless the report's packages are installed."""
     for package in ("jinja2", "matplotlib"):
         try:
             import_module(package)
