@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -89,11 +90,17 @@ def unpack(
         module.load_state_dict(_under(tensors, name))
     if optimizer is None:
         return
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     states: dict[int, dict[str, Tensor]] = {}
     for key, value in _under(tensors, "optimizer").items():
         index, _, field = key.partition(".")
-        states.setdefault(int(index), {})[field] = value
+        states.setdefault(int(index), {})[field] = _laid_out_as(weights[int(index)], value)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+
+
+def _laid_out_as(weight: Tensor, value: Tensor) -> Tensor:
+    # Fused optimisers run over flat memory: a moment must lie in memory as its weight does.
+    return torch.empty_like(weight).copy_(value) if value.shape == weight.shape else value
 
 
 def _under(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
