@@ -50,7 +50,8 @@ def new_environment(folder: Path) -> Path:
 
 def check_wheel(python: Path, wheel: Path, folder: Path, torch_version: str) -> None:
     """Install the wheel and run the operators' tests, far from the checkout."""
-    done = run(python, "-m", "pip", "install", "-q", "--no-deps", wheel)
+    # The lent packages may hold this version already, and pip would then install nothing.
+    done = run(python, "-m", "pip", "install", "-q", "--no-deps", "--ignore-installed", wheel)
     assert done.returncode == 0, done.stderr
     for name in FILES:
         shutil.copy2(TESTS / name, folder)
