@@ -41,6 +41,8 @@ def cmake_build(target: str, output: Path, scratch: Path, definitions: list[str]
 
     configure = [
         "cmake",
+        # An earlier pip's cache names a ninja and a pybind11 in a folder that is gone.
+        "--fresh",
         f"-S{ROOT}",
         f"-B{scratch}",
         "-GNinja",

@@ -187,6 +187,19 @@ def test_the_checker_sees_weak_symbols(objects: dict[str, Path]) -> None:
     assert any(symbol.startswith("std::") for symbol in weak_symbols(objects["bind_cpu"]))
 
 
+@pytest.mark.slow
+def test_a_second_build_does_not_trust_the_first_ones_cache(tmp_path: Path) -> None:
+    """As `pip install '.[demo]'` and then `pip install '.[test]'` do: each has its own ninja."""
+    tree = copy_of_checkout(tmp_path / "tree")
+    assert build_wheel(tree, tmp_path, WCMI_FAST_CUDA="0").returncode == 0
+    (cache,) = (tree / "build").rglob("CMakeCache.txt")
+    stale, count = re.subn(r"(CMAKE_MAKE_PROGRAM:\w+)=.*", r"\1=/gone/ninja", cache.read_text())
+    assert count == 1
+    cache.write_text(stale)
+    done = build_wheel(tree, tmp_path, WCMI_FAST_CUDA="0")
+    assert done.returncode == 0, done.stdout
+
+
 # ---- WCMI_FAST_CUDA -----------------------------------------------------------------------------
 
 
