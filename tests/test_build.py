@@ -211,6 +211,19 @@ def test_a_wrong_choice_of_cuda_is_one_sentence(tmp_path: Path) -> None:
     assert "setup.py: WCMI_FAST_CUDA is 'bogus', wanted one of ('auto', '0', '1')" in done.stdout
 
 
+@pytest.mark.slow
+def test_the_cuda_sources_compile_where_nvcc_is(tmp_path: Path) -> None:
+    """With `auto` a source that does not compile is only a warning."""
+    if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists():
+        pytest.skip("nvcc is not installed")
+    tree = copy_of_checkout(tmp_path / "tree")
+    done = build_wheel(tree, tmp_path, WCMI_FAST_CUDA="1")
+    assert done.returncode == 0, done.stdout
+    assert wheel_binaries(tmp_path) == ["_cpu", "_cuda"]
+    for path in (tree / "build").rglob("lib.*/wcmi_fast/_cuda*.so"):
+        assert torch_symbols(path) == []
+
+
 @pytest.fixture
 def broken_nvcc(tmp_path: Path) -> Path:
     script = tmp_path / "bin" / "nvcc"

@@ -80,11 +80,13 @@ cudaError_t launch(void* x, const void* grad, const void* origin, int64_t count,
   typedef typename S::Wide T;
   constexpr int kThreads = 256;
   constexpr int64_t kMaxBlocks = 4096;
-  const int64_t blocks = (count + kThreads - 1) / kThreads;
-  linf_step_kernel<S> < <<blocks<kMaxBlocks ? blocks : kMaxBlocks, kThreads, 0, stream>>>(
-                            static_cast<E*>(x), static_cast<const E*>(grad),
-                            static_cast<const E*>(origin), count, static_cast<T>(eps),
-                            static_cast<T>(step_size), static_cast<T>(lo), static_cast<T>(hi));
+  const int64_t wanted = (count + kThreads - 1) / kThreads;
+  const unsigned blocks = static_cast<unsigned>(wanted < kMaxBlocks ? wanted : kMaxBlocks);
+  // clang-format off: it takes the chevrons of a template's launch for operators.
+  linf_step_kernel<S><<<blocks, kThreads, 0, stream>>>(
+      static_cast<E*>(x), static_cast<const E*>(grad), static_cast<const E*>(origin), count,
+      static_cast<T>(eps), static_cast<T>(step_size), static_cast<T>(lo), static_cast<T>(hi));
+  // clang-format on
   return cudaGetLastError();
 }
 
