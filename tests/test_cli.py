@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import wcmi_fast
 from wcmi_fast import cli, diagnosis
-from wcmi_fast.backends import cpu
+from wcmi_fast.backends import cpu, registry
 from wcmi_fast.experiments import quickstart
 
 
@@ -31,6 +32,17 @@ def test_info_tells_what_works(args: tuple[str, ...], tmp_path: Path) -> None:
 def test_info_names_every_back_end() -> None:
     named = [what for what, _ in diagnosis.lines() if what.startswith("back end")]
     assert named == [f"back end {name}" for name in ("reference", "cpu", "cuda", "triton")]
+
+
+def test_info_does_not_call_cuda_ready_where_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registry, "missing", lambda backend: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    wanted = "built (linf_step_), but torch sees no GPU"
+    assert dict(diagnosis.lines())["back end cuda"] == wanted
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert dict(diagnosis.lines())["back end cuda"] == "ready: linf_step_"
 
 
 @pytest.mark.parametrize(

@@ -31,4 +31,6 @@ def _state(backend: str) -> str:
     missing = registry.missing(backend)
     if missing is not None:
         return f"missing: {missing}"
+    if backend == "cuda" and not torch.cuda.is_available():
+        return f"built ({', '.join(operators)}), but torch sees no GPU"
     return f"ready: {', '.join(operators)}"

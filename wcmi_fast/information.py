@@ -131,8 +131,9 @@ def train_critic(
                     )
                     features = represent(fixed, images)
                 value = functional.dv(critic.global_(features), critic.local(images))
-                if value.item() > best_value:
-                    best, best_value = _snapshot(critic), value.item()
+                found = value.item()
+                if found > best_value:
+                    best, best_value = _snapshot(critic), found
                 optimizer.zero_grad(set_to_none=True)
                 (-value).backward()
                 optimizer.step()
