@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from wcmi_fast import functional
+from wcmi_fast._ops import accumulation_dtype
 from wcmi_fast.backends import cpu
+from wcmi_fast.functional import bounds
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 EAGER_IMPLS = ("reference", "cpu")
@@ -92,7 +94,7 @@ def check_dv(z: Tensor, h: Tensor, diagonal: str, impl: str) -> None:
     error_rule("value", ours.value, plain.value, oracle.value, score + math.log(n * n))
     # A gradient is a positive pair's term minus weights exp(T - lse) times features. The relative
     # error of a weight is the absolute error of a score, which has the accumulation dtype.
-    wide_eps = torch.finfo(functional.accumulation_dtype(z.dtype)).eps
+    wide_eps = torch.finfo(accumulation_dtype(z.dtype)).eps
     weight = 1 + score * wide_eps / torch.finfo(z.dtype).eps
     for name, other, share in (("dz", h, n), ("dh", z, n * h3.shape[1])):
         got, torch_s, exact = (getattr(result, name) for result in (ours, plain, oracle))
@@ -105,7 +107,7 @@ def limits(tile_bytes: int, kept_bytes: int) -> Iterator[None]:
     """Make tiles and the scores kept for the backward pass as small as a test wants them."""
     with (
         mock.patch.object(cpu, "TILE_BYTES", tile_bytes),
-        mock.patch.object(functional, "KEPT_SCORES_BYTES", kept_bytes),
+        mock.patch.object(bounds, "KEPT_SCORES_BYTES", kept_bytes),
     ):
         yield
 

@@ -1,13 +1,16 @@
 """Every operator's schema and fake; kernels are in backends/, one per operator and back end.
 
-An operator takes contiguous tensors that functional.py has checked, and has no autograd of its
-own: the differentiable functions are in functional.py.
+An operator takes contiguous tensors that functional/ has checked, and has no autograd of its
+own: the differentiable functions are in functional/.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+# The dtypes that every operator takes.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Kept alive by this name for as long as the module: the operators go when it goes.
 LIBRARY = torch.library.Library("wcmi_fast", "DEF")

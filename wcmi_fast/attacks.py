@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from wcmi_fast.functional import check_budget, linf_step_
+from wcmi_fast.functional.steps import check_budget, linf_step_
 
 
 @dataclass(frozen=True, kw_only=True)

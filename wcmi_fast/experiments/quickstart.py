@@ -23,6 +23,7 @@ from wcmi_fast.backends import cpu
 from wcmi_fast.data import Data, load_mnist5k
 from wcmi_fast.experiments.report import Pictures, check_packages, write_report
 from wcmi_fast.files import write_file
+from wcmi_fast.functional.steps import check_budget
 from wcmi_fast.information import CriticConfig, representation_vulnerability
 from wcmi_fast.models.folding import folded
 from wcmi_fast.training.config import EncoderConfig, HeadConfig
@@ -73,7 +74,7 @@ class Quickstart:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        functional.check_budget("quickstart", self.eps, 1.0, (0.0, 1.0))
+        check_budget("quickstart", self.eps, 1.0, (0.0, 1.0))
         if not 0 < self.budget < math.inf:
             raise ValueError(f"quickstart: budget is {self.budget}, wanted minutes > 0")
 
