@@ -103,10 +103,11 @@ def check_dv(z: Tensor, h: Tensor, diagonal: str, impl: str) -> None:
 
 
 @contextmanager
-def limits(tile_bytes: int, kept_bytes: int) -> Iterator[None]:
+def limits(tile_bytes: int, kept_bytes: int, tile_rows: int = 128) -> Iterator[None]:
     """Make tiles and the scores kept for the backward pass as small as a test wants them."""
     with (
         mock.patch.object(cpu, "TILE_BYTES", tile_bytes),
+        mock.patch.object(cpu, "TILE_ROWS", tile_rows),
         mock.patch.object(bounds, "KEPT_SCORES_BYTES", kept_bytes),
     ):
         yield
