@@ -7,7 +7,7 @@ baseline. float16 and bfloat16 are computed in float32.
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,10 +29,14 @@ from wcmi_fast._ops import (
 def scores(z: Tensor, h: Tensor) -> Tensor:
     """Return T (N, N, P), T[i, j, p] = <z[i], h[j, p]>, for z (N, U) and h (N, P, U)."""
     dtype = accumulation_dtype(z.dtype)
-    # Scores in the dtype of the docs, also under autocast; the meta device has none to turn off.
-    available = torch.amp.is_autocast_available(z.device.type)
-    with torch.autocast(z.device.type, enabled=False) if available else nullcontext():
+    with _without_autocast(z):
         return torch.einsum("iu,jpu->ijp", z.to(dtype), h.to(dtype))
+
+
+def _without_autocast(like: Tensor) -> AbstractContextManager[object]:
+    """Keep products in the dtype of the docs; the meta device has no autocast to turn off."""
+    available = torch.amp.is_autocast_available(like.device.type)
+    return torch.autocast(like.device.type, enabled=False) if available else nullcontext()
 
 
 def own_pairs(T: Tensor) -> Tensor:
@@ -145,7 +149,8 @@ def critic_tail(
 ) -> Tensor:
     """Return layer_norm(W2 relu(W1 v + b1) + b2 + S v) for rows v, followed by 1, 0, 0, ..."""
     units = len(w2)
-    v = linear(relu(linear(rows, w1, b1)), w2, b2) + linear(rows, s)
+    with _without_autocast(rows):
+        v = linear(relu(linear(rows, w1, b1)), w2, b2) + linear(rows, s)
     constant = torch.zeros(tail_width(units) - units, dtype=rows.dtype, device=rows.device)
     constant[0] = 1
     return torch.cat([layer_norm(v, (units,), eps=eps), constant.expand(len(rows), -1)], dim=1)

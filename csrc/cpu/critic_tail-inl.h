@@ -47,10 +47,15 @@ static void normalise_row(T* row, int64_t U, const T* bias, double eps, T* rstd)
   columns_write<T>(
       row, U, [&](int64_t c) { return load(row + c) + load(bias + c); },
       [&](int64_t c) { return row[c] + bias[c]; });
-  const T mean =
+  const T rough =
       columns_sum<T>(
           U, [&](int64_t c) { return load(row + c); }, [&](int64_t c) { return row[c]; }) /
       static_cast<T>(U);
+  // A sum of values far from 0 has lost what their differences from its mean still show.
+  const T mean = rough + columns_sum<T>(
+                             U, [&](int64_t c) { return load(row + c) - rough; },
+                             [&](int64_t c) { return row[c] - rough; }) /
+                             static_cast<T>(U);
   const T squares = columns_sum<T>(
       U,
       [&](int64_t c) {

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 from wcmi_fast._ops import tail_width
 from wcmi_fast.functional.tail import TAIL_DTYPES, critic_tail
@@ -74,13 +74,7 @@ class DotCritic(nn.Module):
     def x_side(self, x: Tensor) -> Tensor:
         """Map images (N, C, H, W), floating point, to h (N, P, F)."""
         check_images("DotCritic", x, self.local.input_shape)
-        rows = _rows(self.local.convolutions(x))
-        block = self.local.block
-        hidden, norm, _, output = cast(Any, block.nonlinear)
-        w1, b1 = _folded_batch_norm(hidden.weight, norm, rows)
-        h: Tensor = critic_tail(
-            rows, w1, b1, output.weight, output.bias, block.shortcut.weight, eps=block.norm.eps
-        )
+        h = _block_features(self.local.block, _rows(self.local.convolutions(x)))
         return _by_image(h, len(x))
 
     def scores(self, g: Tensor, x: Tensor) -> Tensor:
@@ -275,29 +269,39 @@ def _with_affine(z: Tensor, norm: nn.LayerNorm) -> Tensor:
     return pad(torch.cat([z * norm.weight, constant], dim=1), (0, tail_width(units) - units - 1))
 
 
-def _folded_batch_norm(w1: Tensor, norm: nn.BatchNorm1d, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weight and bias of the linear layer that `w1` and a batch norm are together.
+def _block_features(block: Any, rows: Tensor) -> Tensor:
+    """Return the block's features of rows (R, C), with its batch norm folded into the first layer.
 
-    The statistics of w1 v over a batch are w1 mean(v) and the diagonal of w1 cov(v) w1'. They are
-    computed in float64, because cov(v) has squared what it is made of.
+    With batch statistics the block takes rows of mean 0: what the rows have in common then costs
+    no precision.
     """
+    hidden, norm, _, output = block.nonlinear
+    b2 = output.bias
     if norm.training:
-        mean, variance = _batch_statistics(w1, rows)
-        _update_running(norm, mean, variance, len(rows))
+        rows, mean, variance = _batch_statistics(hidden.weight, rows)
+        _update_running(norm, linear(mean, hidden.weight), variance, len(rows))
+        b1, b2 = norm.bias, b2 + linear(mean, block.shortcut.weight)
+        scale = norm.weight * torch.rsqrt(variance + norm.eps)
     else:
-        mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
-    scale = norm.weight * torch.rsqrt(variance + norm.eps)
-    return w1 * scale[:, None], norm.bias - mean * scale
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        b1 = norm.bias - norm.running_mean * scale
+    w1 = hidden.weight * scale[:, None]
+    return critic_tail(rows, w1, b1, output.weight, b2, block.shortcut.weight, eps=block.norm.eps)
 
 
-def _batch_statistics(w1: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _batch_statistics(w1: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows less their mean (R, C), the mean (C,), and the variance of w1 rows (U,).
+
+    The variance is the diagonal of w1 cov(rows) w1', in float64, because the covariance has
+    squared what it is made of.
+    """
     exact = rows.double()
     mean = exact.mean(dim=0)
     centred = exact - mean
     covariance = centred.t() @ centred / len(rows)
     wide = w1.double()
     variance = ((wide @ covariance) * wide).sum(dim=1)
-    return (wide @ mean).to(w1.dtype), variance.to(w1.dtype)
+    return centred.to(w1.dtype), mean.to(w1.dtype), variance.to(w1.dtype)
 
 
 @torch.no_grad()
