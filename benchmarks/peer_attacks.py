@@ -22,17 +22,18 @@ CASES = (
     ("linear", (128, 3, 32, 32)),
     ("linear", (1, 1, 8, 8)),
 )
-# Per step: the sum, and theirs in x + clamp(x_adv - x), where ours clamps to x - eps and x + eps.
-ROUNDINGS_PER_STEP = 3
+# Theirs rounds the difference x_adv - x, and x plus it; ours neither.
+ROUNDINGS_PER_STEP = 2
 
 NOTES = f"""\
 {STEPS} steps of {STEP_SIZE}, eps = 8/255, from the clean images, in eval mode with frozen weights
-(foolbox would compute weight gradients too). Every iterate is compared in float64; in float32 the
-first, as later ones may differ by the sign of a gradient that is zero but for rounding. The peers
-project by x + clamp(x_adv - x, -eps, eps), which rounds twice, ours by
-clamp(x_adv, x - eps, x + eps): up to {ROUNDINGS_PER_STEP} roundings a step are the same. Times are per step, a call's
-fixed cost spread over its steps; *overhead* is the time beyond the gradients alone. `LinfPGD.run`
-leaves out foolbox' evaluation of the result, which its `__call__` adds."""
+(foolbox would fill the weights' gradients too). Every iterate is compared in float64; in float32
+the first, as later ones may differ by the sign of a gradient that is zero but for rounding. The
+peers project by x + clamp(x_adv - x, -eps, eps), which rounds twice more than ours,
+clamp(x_adv, x - eps, x + eps): iterates within {ROUNDINGS_PER_STEP} roundings a step are the same.
+
+Times are per step, a call's fixed cost spread over its steps; the overhead is the time beyond the
+gradients alone. `LinfPGD.run` leaves out that foolbox' `__call__` evaluates the result once."""
 
 Attack = Callable[[], Tensor]
 
@@ -113,9 +114,7 @@ def check(peer: str, kind: str, shape: tuple[int, ...]) -> Values:
             # Below 2 a rounding is at most eps / 2.
             rounding = torch.finfo(dtype).eps / 2
             errors.append((found - wanted).abs().max().double() / (rounding * steps))
-    return Values(
-        f"iterates 1 to {STEPS}", float(torch.stack(errors).max()), ROUNDINGS_PER_STEP
-    )
+    return Values(f"iterates 1 to {STEPS}", float(torch.stack(errors).max()), ROUNDINGS_PER_STEP)
 
 
 def cases(peer: str) -> Iterator[Case]:
@@ -127,6 +126,8 @@ def cases(peer: str) -> Iterator[Case]:
 def case(peer: str, kind: str, shape: tuple[int, ...]) -> Case:
     """Return the comparison of the attack on one model."""
     net, (x, labels) = model(kind, shape, torch.float32), images(shape, torch.float32)
+    with peer_runs():
+        attack = theirs(peer, net, x, labels, STEPS)
     return Case(
         peer=peer,
         program=PROGRAMS[peer],
@@ -136,7 +137,7 @@ def case(peer: str, kind: str, shape: tuple[int, ...]) -> Case:
         check=partial(check, peer, kind, shape),
         programs={
             "ours": ours(net, x, labels, STEPS),
-            "theirs": theirs(peer, net, x, labels, STEPS),
+            "theirs": attack,
             "gradient": gradients(net, x, labels, STEPS),
         },
         steps=STEPS,

@@ -21,11 +21,11 @@ PEER = "torch-mist"
 SIZES = ((128, 128), (1024, 256), (128, 2048))
 TAU = 1.0
 # Errors are counted in roundings; up to ROUNDINGS a value is the same.
-ROUNDINGS = 16
+ROUNDINGS = 4
 
 NOTES = f"""\
 torch-mist has one vector per image, so P = 1. It draws one negative per image unless told
-otherwise; `neg_samples=-1` takes all j != i, `0` (InfoNCE's default) all j. `smile` has tau = {TAU}.
+otherwise; `neg_samples=-1` takes all j != i, `0` (InfoNCE's default) all j. smile has tau = {TAU}.
 
 - *one product*: a subclass of its `SeparableCritic` that computes all pairs by one `torch.mm`.
 - *as shipped*: `SeparableCritic()`, which expands both sides to (N, N, U) first.
@@ -106,12 +106,12 @@ def critic(form: str) -> Any:
     """Return torch-mist's dot-product critic in one of FORMS."""
     critics = importlib.import_module("torch_mist.critic")
 
-    class OneProduct(critics.SeparableCritic):  # type: ignore[misc, name-defined]
+    class OneProduct(critics.SeparableCritic):  # type: ignore[name-defined]
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             # x is (1, N, U) and y (N, 1, U) where all pairs are wanted.
             return y[:, 0] @ x[0].t() if x.dim() == 3 else (x * y).sum(-1)
 
-    class General(critics.Critic):  # type: ignore[misc, name-defined]
+    class General(critics.Critic):  # type: ignore[name-defined]
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             return (x * y).sum(-1)
 
@@ -166,7 +166,9 @@ def roundings(got: Result, exact: Result, z: Tensor, h: Tensor) -> float:
     """
     score = 1 + (z.detach().double().abs() @ h.detach().double().abs().t()).max()
     unit = torch.finfo(got.value.dtype).eps * score
-    gradients = [(a - b).abs().max() / b.abs().max() for a, b in zip(got[1:], exact[1:], strict=True)]
+    gradients = [
+        (a - b).abs().max() / b.abs().max() for a, b in zip(got[1:], exact[1:], strict=True)
+    ]
     return float(torch.stack([(got.value - exact.value).abs(), *gradients]).max() / unit)
 
 
@@ -203,7 +205,8 @@ def case(name: str, form: str, n: int, u: int) -> Case:
     definition, words = OUR_DEFINITIONS[name], "same"
     if form != "general":
         definition, words = WITH_OWN_PAIRS.get(name, (definition, words))
-    theirs = estimators(form)[name]
+    with peer_runs():
+        theirs = estimators(form)[name]
     return Case(
         peer=PEER,
         program=f"{theirs.written}, {FORMS[form]}",
