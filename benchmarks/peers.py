@@ -1,6 +1,6 @@
 """torch-mist, torchattacks and foolbox beside wcmi_fast on the CPU: values first, then times.
 
-Run in an environment of its own, as two peers want old releases of numpy and requests:
+Run in an environment of its own, because two peers want old releases of numpy and requests:
 
     pip install '.[peers]'
     OMP_NUM_THREADS=1 python benchmarks/peers.py --threads 1 --markdown docs/peers_section.md
