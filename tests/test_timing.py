@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timing
+import torch
+
+
+class FakeClock:
+    """Seconds that pass only while a variant runs."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.ran: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def variant(self, name: str, seconds: float) -> Callable[[], None]:
+        def call() -> None:
+            self.now += seconds
+            self.ran.append(name)
+
+        return call
+
+
+def test_every_round_times_every_variant() -> None:
+    clock = FakeClock()
+    variants = {"slow": clock.variant("slow", 1.0), "fast": clock.variant("fast", 0.25)}
+    times = timing.interleaved(variants, rounds=5, warmup=3, clock=clock)
+    assert times == {"slow": [1.0] * 5, "fast": [0.25] * 5}
+    # Three calls to warm up, one to calibrate, one a round.
+    assert clock.ran.count("slow") == clock.ran.count("fast") == 3 + 1 + 5
+
+
+def test_the_order_changes_and_each_variant_follows_each_other() -> None:
+    clock = FakeClock()
+    variants = {name: clock.variant(name, 1.0) for name in "abc"}
+    timing.interleaved(variants, rounds=6, warmup=0, clock=clock)
+    measured = clock.ran[3:]
+    orders = ["".join(measured[at : at + 3]) for at in range(0, 18, 3)]
+    assert orders == ["abc", "cba", "bca", "acb", "cab", "bac"]
+
+
+def test_short_calls_are_batched() -> None:
+    clock = FakeClock()
+    times = timing.interleaved(
+        {"short": clock.variant("short", 2.0**-20)}, rounds=2, warmup=0, min_sample_s=2.0**-9,
+        clock=clock,
+    )  # fmt: skip
+    assert times == {"short": [2.0**-20] * 2}
+    # Calibration sees one call, then the 2^11 that fill a sample.
+    assert len(clock.ran) == 1 + 2**11 + 2 * 2**11
+
+
+def test_a_clock_that_stands_still_for_one_call_is_given_more() -> None:
+    clock = FakeClock()
+    coarse = lambda: float(int(clock.now))  # noqa: E731
+    times = timing.interleaved(
+        {"call": clock.variant("call", 0.25)}, rounds=1, min_sample_s=1.0, warmup=0, clock=coarse
+    )
+    assert times == {"call": [0.25]}
+
+
+def test_ratio_is_of_each_round() -> None:
+    # Both three times slower in the last rounds: no ratio but 2 ever is.
+    times = {"ours": [2.0, 2.0, 6.0, 6.0], "floor": [1.0, 1.0, 3.0, 3.0]}
+    found = timing.ratio(times, "ours", "floor", target=2.5)
+    assert (found.low, found.median, found.high) == (2.0, 2.0, 2.0)
+    assert found.met
+    assert not timing.ratio(times, "ours", "floor", better="higher", target=2.5).met
+
+
+@pytest.mark.parametrize(
+    ("rounds", "low", "high"),
+    # The ranks of the sign test's interval in any table, such as 2 and 8 of 9; 4 and 12 of 15.
+    [(1, 1, 1), (5, 1, 5), (6, 1, 6), (9, 2, 8), (15, 4, 12), (20, 6, 15)],
+)
+def test_interval_is_between_order_statistics(rounds: int, low: int, high: int) -> None:
+    times = {"a": [float(k) for k in range(rounds, 0, -1)], "b": [1.0] * rounds}
+    found = timing.ratio(times, "a", "b")
+    assert (found.low, found.median, found.high) == (low, (rounds + 1) / 2, high)
+
+
+MIB = 1 << 20
+
+
+def two_blocks() -> torch.Tensor:
+    """Hold 32 MiB for a moment and return 16."""
+    first = torch.ones(16 * MIB // 4)
+    return first + 1
+
+
+@pytest.mark.parametrize("measure", [timing.peak_memory, timing._sampled_peak])
+def test_peak_counts_what_is_freed_before_the_end(measure: Callable[..., int]) -> None:
+    assert 16 * MIB < measure(two_blocks) < 36 * MIB
+    if measure is timing.peak_memory:
+        assert measure(two_blocks) >= 32 * MIB
+
+
+def test_peak_falls_back_where_the_mark_cannot_be_set_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(self: Path, text: str) -> int:
+        raise PermissionError(self)
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(timing, "_sampled_peak", lambda call: 7)
+    assert timing.peak_memory(lambda: None) == 7
+
+
+def test_environment_says_what_a_figure_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("WCMI_FAST_SIMD", raising=False)
+    monkeypatch.setattr("sys.argv", ["/usr/bin/pytest", "benchmarks", "-k", "dv and not jsd"])
+    found = timing.environment()
+    assert found.command == "OMP_NUM_THREADS=1 pytest benchmarks -k 'dv and not jsd'"
+    assert found.threads == torch.get_num_threads()
+    assert found.versions["torch"] == torch.__version__
+    monkeypatch.setattr("sys.argv", ["/lib/pytest/__main__.py", "benchmarks"])
+    assert timing.environment().command == "OMP_NUM_THREADS=1 python -m pytest benchmarks"
