@@ -113,7 +113,7 @@ def op_tables(records: list[Record]) -> str:
             if variant in record.seconds
         ),
     )
-    return f"{judged}\n\n{measured}"
+    return f"{judged}\n\n{measured}" if ratios else measured
 
 
 def provenance(records: list[Record]) -> str:
@@ -132,7 +132,7 @@ def provenance(records: list[Record]) -> str:
         "threads": union([str(environment.threads)] for environment in found),
         "matrix products": union([environment.blas] for environment in found),
         "versions": versions,
-        "time": union([dates[0], dates[-1]]),
+        "time": [dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"],
     }
     return "\n".join(f"- {what}: {', '.join(values)}" for what, values in facts.items())
 

@@ -48,7 +48,7 @@ class Environment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One case of one operator: by variant where a dict has numbers, by name where it has ratios.
+    """One case of one operator; numbers are by variant, of which `ours` is one, ratios by name.
 
     seconds: median of one call. gflop_per_s, gb_per_s: empty where they mean nothing. peak_bytes:
     extra resident memory; `peak_target` is the ceiling of ours.

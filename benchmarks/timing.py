@@ -165,7 +165,7 @@ def environment() -> Environment:
         blas="MKL" if torch.backends.mkl.is_available() else "OpenBLAS or other",
         versions={
             "wcmi_fast": wcmi_fast.__version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # a class of its own, which JSON does not know
             "numpy": np.__version__,
             "python": platform.python_version(),
         },

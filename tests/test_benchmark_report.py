@@ -15,13 +15,16 @@ def ratio(median: float, **fields: Any) -> dict[str, Any]:
     return {"low": median - 0.1, "median": median, "high": median + 0.1, **fields}
 
 
-def dv(n: int, threads: int = 1, **fields: Any) -> dict[str, Any]:
+DATE = ENVIRONMENT["date"]
+
+
+def dv(n: int, threads: int = 1, date: object = DATE, **fields: Any) -> dict[str, Any]:
     return record(
         "dv",
         case={"N": n, "P": 64},
         seconds={"ours": 1e-6 * n**2, "authors": 4e-6 * n**2},
         gflop_per_s={"ours": 40.0, "authors": 10.0},
-        environment=ENVIRONMENT | {"threads": threads},
+        environment=ENVIRONMENT | {"threads": threads, "date": date},
         **fields,
     )
 
@@ -37,7 +40,7 @@ RECORDS = [
         },
     ),
     dv(128, ratios={"vs_eager": ratio(2.0, better="higher")}),
-    dv(128, threads=2),
+    dv(128, threads=2, date="2026-01-02T04:00:00+00:00"),
     record("linf_step", seconds={"ours": 2e-6}, gb_per_s={"ours": 12.345}),
 ]
 
@@ -77,6 +80,10 @@ def write_run(folder: Path, *records: dict[str, Any]) -> Path:
     return path
 
 
+def test_no_table_of_ratios_where_there_are_none(page: Path) -> None:
+    assert "| case |\n" not in page.read_text()
+
+
 def test_memory_over_its_target_is_missed(tmp_path: Path) -> None:
     path = write_run(tmp_path, dv(64, peak_bytes={"ours": 65 * MIB}, peak_target=64 * MIB))
     (over,) = report.read(path, report.Run).records
@@ -87,6 +94,7 @@ def test_provenance(page: Path) -> None:
     lines = page.read_text().splitlines()
     assert "- command: `OMP_NUM_THREADS=1 pytest benchmarks --benchmark-json=run.json`" in lines
     assert "- threads: 1, 2" in lines
+    assert "- time: 2026-01-02T03:04:05+00:00 to 2026-01-02T04:00:00+00:00" in lines
     assert "- versions: torch 2.6.0, wcmi_fast 0.1.0" in lines
 
 

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import schema
 import timing
 import torch
+from benchmark_runs import run
 
 
 class FakeClock:
@@ -121,3 +124,20 @@ def test_environment_says_what_a_figure_depends_on(monkeypatch: pytest.MonkeyPat
     assert found.versions["torch"] == torch.__version__
     monkeypatch.setattr("sys.argv", ["/lib/pytest/__main__.py", "benchmarks"])
     assert timing.environment().command == "OMP_NUM_THREADS=1 python -m pytest benchmarks"
+
+
+def test_what_is_measured_is_read_back(tmp_path: Path) -> None:
+    times = {"ours": [1.0, 2.0, 3.0], "eager": [2.0, 4.0, 6.0]}
+    info = schema.extra_info(
+        "dv", {"N": 128, "dtype": "float32"}, times, flop=4e9, peak_bytes={"ours": 5},
+        ratios={"vs_eager": timing.ratio(times, "eager", "ours", better="higher", target=1.5)},
+        environment=timing.environment(),
+    )  # fmt: skip
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(run([info])))
+    (found,) = schema.read(path, schema.Run).records
+    assert found.name == f"dv N=128 dtype=float32 threads={torch.get_num_threads()}"
+    assert found.seconds == {"ours": 2.0, "eager": 4.0}
+    assert found.gflop_per_s == {"ours": 2.0, "eager": 1.0}
+    assert found.gb_per_s == {}
+    assert found.ratios["vs_eager"].met
