@@ -116,6 +116,7 @@ def peak_memory(call: Call) -> int:
     """Return the bytes of resident memory that a call needs at its peak, its result among them.
 
     The kernel's own high-water mark, set back before; where that is forbidden, a thread's samples.
+    The mark is right to some hundred KiB: Linux adds up what each core has counted now and then.
     A first call is not counted: it may load code and fill caches that stay.
     """
     call()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +66,8 @@ def test_a_clock_that_stands_still_for_one_call_is_given_more() -> None:
         {"call": clock.variant("call", 0.25)}, rounds=1, min_sample_s=1.0, warmup=0, clock=coarse
     )
     assert times == {"call": [0.25]}
+    # One, two and four calls until the clock has moved; then the sample.
+    assert len(clock.ran) == 1 + 2 + 4 + 4
 
 
 def test_ratio_is_of_each_round() -> None:
@@ -79,7 +82,7 @@ def test_ratio_is_of_each_round() -> None:
 @pytest.mark.parametrize(
     ("rounds", "low", "high"),
     # The ranks of the sign test's interval in any table, such as 2 and 8 of 9; 4 and 12 of 15.
-    [(1, 1, 1), (5, 1, 5), (6, 1, 6), (9, 2, 8), (15, 4, 12), (20, 6, 15)],
+    [(1, 1, 1), (5, 1, 5), (6, 1, 6), (8, 1, 8), (9, 2, 8), (15, 4, 12), (20, 6, 15)],
 )
 def test_interval_is_between_order_statistics(rounds: int, low: int, high: int) -> None:
     times = {"a": [float(k) for k in range(rounds, 0, -1)], "b": [1.0] * rounds}
@@ -93,14 +96,14 @@ MIB = 1 << 20
 def two_blocks() -> torch.Tensor:
     """Hold 32 MiB for a moment and return 16."""
     first = torch.ones(16 * MIB // 4)
-    return first + 1
+    second = first + 1
+    time.sleep(0.05)
+    return second
 
 
 @pytest.mark.parametrize("measure", [timing.peak_memory, timing._sampled_peak])
 def test_peak_counts_what_is_freed_before_the_end(measure: Callable[..., int]) -> None:
-    assert 16 * MIB < measure(two_blocks) < 36 * MIB
-    if measure is timing.peak_memory:
-        assert measure(two_blocks) >= 32 * MIB
+    assert 31 * MIB < measure(two_blocks) < 36 * MIB
 
 
 def test_peak_falls_back_where_the_mark_cannot_be_set_back(
