@@ -246,16 +246,17 @@ std::vector<E> stored(uint64_t seed, double low, double high) {
 
 template <typename E>
 void linf_step(wcmi::DType dtype) {
-  constexpr double eps = 0.03125, step = 0.0078125;
-  const std::vector<E> before = stored<E>(1, 0, 1), grad = stored<E>(2, -1, 1);
+  constexpr double eps = 0.5, step = 0.0078125;
+  const std::vector<E> origin = stored<E>(1, 0, 1), grad = stored<E>(2, -1, 1);
+  const std::vector<E> before = stored<E>(3, 0, 1);
   std::vector<E> x = before;
   measured([&] {
-    kernels.linf_step(x.data(), grad.data(), before.data(), kPixels, dtype, eps, step, 0, 1, 1);
+    kernels.linf_step(x.data(), grad.data(), origin.data(), kPixels, dtype, eps, step, 0, 1, 1);
   });
   for (int64_t i = 0; i < kPixels; ++i) {
-    const double start = widened(before[i]), g = widened(grad[i]);
-    const double moved = start + step * ((g > 0) - (g < 0));
-    const double near = std::fmax(start - eps, std::fmin(start + eps, moved));
+    const double centre = widened(origin[i]), g = widened(grad[i]);
+    const double moved = widened(before[i]) + step * ((g > 0) - (g < 0));
+    const double near = std::fmax(centre - eps, std::fmin(centre + eps, moved));
     expect(widened(x[i]), std::fmax(0, std::fmin(1, near)), sizeof(E) == 2 ? 0x1p-8 : 1e-6);
   }
 }
