@@ -205,7 +205,7 @@ def l2_step_(
     if not x.numel():
         return x
     dtype = accumulation_dtype(x.dtype)
-    before, gradient, centre = (t.to(dtype).flatten(1) for t in (x, grad, origin))
+    before, gradient, centre = (t.to(dtype).reshape(len(x), -1) for t in (x, grad, origin))
     direction, _ = unit_rows(gradient)
     moved = before + step_size * direction
     outward, distance = unit_rows(moved - centre)
