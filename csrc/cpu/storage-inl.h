@@ -10,6 +10,13 @@ static inline To bits_of(From value) {
   return result;
 }
 
+// One of two words without a branch, which the compiler would thread into the loop around it and
+// then not vectorise.
+static inline uint32_t choose(bool condition, uint32_t yes, uint32_t no) {
+  const uint32_t mask = 0u - static_cast<uint32_t>(condition);
+  return (yes & mask) | (no & ~mask);
+}
+
 // A storage type's element, the type that its arithmetic is done in, and the ways between them.
 struct Float32 {
   typedef float Element;
@@ -32,7 +39,7 @@ struct BFloat16 {
   static inline Element narrow(Wide x) {
     const uint32_t bits = bits_of<uint32_t>(x);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return x == x ? static_cast<Element>(rounded) : static_cast<Element>(0x7fc0);
+    return static_cast<Element>(choose((bits & 0x7fffffffu) > 0x7f800000u, 0x7fc0u, rounded));
   }
 };
 
@@ -42,10 +49,10 @@ struct Float16 {
   static inline Wide widen(Element x) {
     const uint32_t magnitude = static_cast<uint32_t>(x & 0x7fffu) << 13;
     const uint32_t exponent = magnitude & 0x0f800000u;
-    const uint32_t rebias = exponent == 0x0f800000u ? (255u - 31u) << 23 : (127u - 15u) << 23;
+    const uint32_t rebias = choose(exponent == 0x0f800000u, (255u - 31u) << 23, (127u - 15u) << 23);
     // A subnormal: with the exponent of 2^-14 the hidden bit is one too many; subtract it.
     const float subnormal = bits_of<float>(magnitude + (113u << 23)) - bits_of<float>(113u << 23);
-    const uint32_t value = exponent == 0 ? bits_of<uint32_t>(subnormal) : magnitude + rebias;
+    const uint32_t value = choose(exponent == 0, bits_of<uint32_t>(subnormal), magnitude + rebias);
     return bits_of<float>(value | (static_cast<uint32_t>(x & 0x8000u) << 16));
   }
   static inline Element narrow(Wide x) {
