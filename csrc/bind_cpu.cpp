@@ -139,6 +139,24 @@ void linf_step(int dtype, uintptr_t x, uintptr_t grad, uintptr_t origin, int64_t
                       eps, step_size, lo, hi, threads);
 }
 
+void linf_start(int dtype, uintptr_t x, uintptr_t origin, int64_t count, double eps, int64_t seed,
+                double lo, double hi, int threads) {
+  kernels().linf_start(pointer<void>(x), pointer<void>(origin), count, dtype, eps, seed, lo, hi,
+                       threads);
+}
+
+void l2_step(int dtype, uintptr_t x, uintptr_t grad, uintptr_t origin, int64_t rows, int64_t size,
+             double eps, double step_size, double lo, double hi, int threads) {
+  kernels().l2_step(pointer<void>(x), pointer<void>(grad), pointer<void>(origin), rows, size, dtype,
+                    eps, step_size, lo, hi, threads);
+}
+
+void keep_best(int value_dtype, uintptr_t best_x, uintptr_t best_value, uintptr_t x,
+               uintptr_t value, int64_t rows, int64_t row_bytes, int threads) {
+  kernels().keep_best(pointer<void>(best_x), pointer<void>(best_value), pointer<void>(x),
+                      pointer<void>(value), rows, row_bytes, value_dtype, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -154,4 +172,7 @@ PYBIND11_MODULE(_cpu, m) {
   define_critic_tail<float>(m.def_submodule("critic_tail_f32"));
   define_critic_tail<double>(m.def_submodule("critic_tail_f64"));
   m.def("linf_step", &linf_step, nogil);
+  m.def("linf_start", &linf_start, nogil);
+  m.def("l2_step", &l2_step, nogil);
+  m.def("keep_best", &keep_best, nogil);
 }

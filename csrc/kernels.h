@@ -63,6 +63,15 @@ struct CriticTailKernels {
 
 // linf_step -- x <- clip(clip(x + step_size sgn(grad), origin - eps, origin + eps), lo, hi), each
 //   operation rounded to the storage type as torch rounds it. A pixel whose grad is NaN is left.
+// linf_start -- x <- clip(clip(origin + eps u, origin - eps, origin + eps), lo, hi), computed in
+//   float, or double for double, then rounded. u is uniform in [-1, 1): for element i the upper 24
+//   bits of word i % 4 of Philox4x32-10 with counter i / 4 and key `seed`. x may be origin.
+// l2_step -- for each of `rows` rows of `size` elements: x <- x + step_size grad / |grad|, put on
+//   the ball of radius eps around origin where it is outside, then clipped to [lo, hi]. A row of
+//   zero gradients does not move, one with a NaN is left. Each row is reduced by one thread in a
+//   fixed order: results do not depend on `threads` or the level.
+// keep_best -- for each of `rows` rows of `row_bytes` bytes whose value is greater than best_value,
+//   or is a number where best_value is NaN: best_x <- x, best_value <- value.
 struct CpuKernels {
   CriticStatsKernels<float> critic_stats_f32;
   CriticStatsKernels<double> critic_stats_f64;
@@ -70,6 +79,12 @@ struct CpuKernels {
   CriticTailKernels<double> critic_tail_f64;
   void (*linf_step)(void* x, const void* grad, const void* origin, int64_t count, int dtype,
                     double eps, double step_size, double lo, double hi, int threads);
+  void (*linf_start)(void* x, const void* origin, int64_t count, int dtype, double eps,
+                     int64_t seed, double lo, double hi, int threads);
+  void (*l2_step)(void* x, const void* grad, const void* origin, int64_t rows, int64_t size,
+                  int dtype, double eps, double step_size, double lo, double hi, int threads);
+  void (*keep_best)(void* best_x, void* best_value, const void* x, const void* value, int64_t rows,
+                    int64_t row_bytes, int value_dtype, int threads);
 };
 
 // One table per instruction set, filled by csrc/cpu/*_<level>.cpp.
@@ -78,6 +93,9 @@ struct CpuKernels {
   void fill_critic_stats(CpuKernels* kernels); \
   void fill_critic_tail(CpuKernels* kernels);  \
   void fill_linf_step(CpuKernels* kernels);    \
+  void fill_linf_start(CpuKernels* kernels);   \
+  void fill_l2_step(CpuKernels* kernels);      \
+  void fill_keep_best(CpuKernels* kernels);    \
   }
 WCMI_DECLARE_LEVEL(base)
 WCMI_DECLARE_LEVEL(avx2)

@@ -13,6 +13,7 @@ from operator import mul
 from typing import NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -135,6 +136,57 @@ def plain_linf_step(
     """The update of the issue in torch's words; a NaN gradient leaves its pixel."""
     moved = torch.clamp(x + step * torch.sign(grad), origin - eps, origin + eps)
     return torch.where(torch.isnan(grad), x, torch.clamp(moved, *clip))
+
+
+def plain_uniform(count: int, seed: int) -> Tensor:
+    """Philox4x32-10 as Salmon et al. 2011 write it, and 24 bits of each word in [-1, 1)."""
+    index = np.arange(-(-count // 4), dtype=np.uint64)
+    low, word = np.uint64(0xFFFFFFFF), np.uint64(32)
+    left0, right0, left1, right1 = index & low, index >> word, 0 * index, 0 * index
+    for r in range(10):
+        key0, key1 = (seed + r * 0x9E3779B9) & 0xFFFFFFFF, ((seed >> 32) + r * 0xBB67AE85) % 2**32
+        p0, p1 = np.uint64(0xD2511F53) * left0, np.uint64(0xCD9E8D57) * left1
+        left0, right0 = (p1 >> word) ^ right0 ^ np.uint64(key0), p1 & low
+        left1, right1 = (p0 >> word) ^ right1 ^ np.uint64(key1), p0 & low
+    words = np.stack([left0, right0, left1, right1], axis=1).ravel()[:count]
+    return torch.from_numpy((words >> np.uint64(8)).astype(np.float64) / 2**23 - 1)
+
+
+def plain_linf_start(origin: Tensor, eps: float, seed: int, clip: tuple[float, float]) -> Tensor:
+    """A uniform point of the ball in torch's words; half types in float32, rounded once."""
+    centre = origin if origin.dtype == torch.float64 else origin.float()
+    noise = plain_uniform(origin.numel(), seed).to(centre.dtype).reshape(origin.shape)
+    point = torch.clamp(centre + eps * noise, centre - eps, centre + eps)
+    return torch.clamp(point, *clip).to(origin.dtype)
+
+
+def plain_l2_step(
+    x: Tensor, grad: Tensor, origin: Tensor, eps: float, step: float, clip: tuple[float, float]
+) -> Tensor:
+    """The usual program of l2 PGD, row by row; half types in float32, rounded once."""
+    rows = []
+    for row, g, centre in zip(x, grad, origin, strict=True):
+        if row.dtype != torch.float64:
+            row, g, centre = row.float(), g.float(), centre.float()
+        moved = row + step * g / g.norm() if g.any() else row
+        offset = moved - centre
+        if offset.norm() > eps:
+            moved = centre + offset * (eps / offset.norm())
+        rows.append(moved.clamp(*clip))
+    return torch.stack(rows).to(x.dtype)
+
+
+def plain_keep_best(
+    best_x: Tensor, best_value: Tensor, x: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One row after the other, compared as Python numbers."""
+    best_x, best_value = best_x.clone(), best_value.clone()
+    pairs = zip(value.reshape(-1).tolist(), best_value.reshape(-1).tolist(), strict=True)
+    for n, (new, best) in enumerate(pairs):
+        if new > best or (math.isnan(best) and not math.isnan(new)):
+            at = n if value.dim() else ...
+            best_x[at], best_value[at] = x[at], value[at]
+    return best_x, best_value
 
 
 BIT_TYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -121,3 +121,73 @@ def step_cases(draw: st.DrawFn) -> StepCase:
         step_size=draw(st.sampled_from((1e-8, 0.01, 0.1, 1 / 3, 7.0, 1e5))),
         clip=draw(st.sampled_from(((0.0, 1.0), (-1.0, 1.0), (0.1, 0.7), (-1e4, 1e4)))),
     )
+
+
+@dataclass(frozen=True)
+class RowsCase:
+    """Arguments of l2_step_."""
+
+    x: Tensor
+    grad: Tensor
+    origin: Tensor
+    eps: float
+    step_size: float
+    clip: tuple[float, float]
+
+    __repr__ = StepCase.__repr__
+
+
+ROW_COUNTS = (1, 2, 3, 7)
+ROW_SIZES = (1, 2, 7, 8, 9, 15, 16, 17, 33, 129, 511, 512, 513, 1000, 1025, 4097)
+
+
+@st.composite
+def rows_cases(draw: st.DrawFn) -> RowsCase:
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = (draw(st.sampled_from(ROW_COUNTS)), draw(st.sampled_from(ROW_SIZES)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    eps = draw(st.sampled_from((0.0, 1e-3, 0.5, 2.0, 100.0)))
+    low, high = clip = draw(st.sampled_from(((0.0, 1.0), (-1.0, 1.0), (0.1, 0.7), (-1e4, 1e4))))
+    noise = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    origin = torch.rand(shape, generator=generator, dtype=torch.float64).mul(high - low).add(low)
+    # Inside the ball, about its surface, outside.
+    x = origin + draw(st.sampled_from((0.0, 0.5, 1.0, 2.0))) * eps * noise[0] / shape[1] ** 0.5
+    grad = draw(st.sampled_from((1e-3, 1.0, 1e3))) * noise[1]
+    grad[torch.rand(shape, generator=generator) < 0.1] = 0
+    grad[torch.rand(shape[0], generator=generator) < 0.2] = 0
+    x, grad, origin = (t.to(dtype) for t in (x, grad, origin.clamp(*clip)))
+    return RowsCase(
+        x, grad, origin, eps, step_size=draw(st.sampled_from((1e-3, 0.1, 1 / 3, 7.0))), clip=clip
+    )
+
+
+@dataclass(frozen=True)
+class BestCase:
+    """Arguments of keep_best_."""
+
+    best_x: Tensor
+    best_value: Tensor
+    x: Tensor
+    value: Tensor
+
+    def __repr__(self) -> str:
+        return (
+            f"BestCase({self.x.dtype}, {tuple(self.x.shape)}, {self.value.dtype},"
+            f" {self.best_value.tolist()} {self.value.tolist()})"
+        )
+
+
+@st.composite
+def best_cases(draw: st.DrawFn) -> BestCase:
+    dtype, value_dtype = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES))
+    n = draw(st.sampled_from((0, 1, 2, 3, 17)))
+    shape = (n, *draw(st.sampled_from(((), (1,), (7,), (3, 5, 5), (1, 129), (40000,)))))
+    values = st.sampled_from((0.0, -0.0, 1.0, 1.5, -2.0, 6e4, *INFINITIES))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    best_x, x = torch.randn(2, *shape, generator=generator).to(dtype).unbind()
+    if draw(st.booleans()):
+        best, new = draw(values), draw(values)
+    else:
+        best, new = (draw(st.lists(values, min_size=n, max_size=n)) for _ in range(2))
+    best_value, value = (torch.tensor(v, dtype=value_dtype) for v in (best, new))
+    return BestCase(best_x.clone(), best_value, x.clone(), value)

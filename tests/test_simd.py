@@ -20,7 +20,8 @@ CHECKS = """
 import sys
 sys.path.insert(0, {tests!r})
 import torch
-from oracle import DTYPES, assert_same_bits, check_dv, limits, plain_linf_step
+from oracle import DTYPES, assert_same_bits, check_dv, limits, plain_linf_start, plain_linf_step
+from test_l2_step import check_step
 from wcmi_fast import functional
 from wcmi_fast.backends import cpu
 
@@ -40,6 +41,10 @@ for dtype in DTYPES:
         wanted = plain_linf_step(x, grad, origin, 8 / 255, 1 / 3, (0.1, 0.9))
         functional.linf_step_(x, grad, origin, eps=8 / 255, step_size=1 / 3, clip=(0.1, 0.9))
         assert_same_bits(x, wanted)
+        wanted = plain_linf_start(origin, 8 / 255, 3, (0.1, 0.9))
+        functional.linf_start_(x, origin, eps=8 / 255, seed=3, clip=(0.1, 0.9))
+        assert_same_bits(x, wanted)
+        check_step(x[None].clone(), grad.nan_to_num()[None], origin[None], 0.5, 0.1)
 print(*cpu.simd_levels()[1:], "checked")
 """
 

@@ -53,6 +53,15 @@ LIBRARY.define(
     "linf_step_(Tensor(a!) x, Tensor grad, Tensor origin, float eps, float step_size,"
     " float lo, float hi) -> ()"
 )
+LIBRARY.define(
+    "linf_start_(Tensor(a!) x, Tensor origin, float eps, int seed, float lo, float hi) -> ()"
+)
+LIBRARY.define(
+    "l2_step_(Tensor(a!) x, Tensor grad, Tensor origin, float eps, float step_size,"
+    " float lo, float hi) -> ()"
+)
+# best_x and x (N, ...), values (N,), or () where the batch is one row.
+LIBRARY.define("keep_best_(Tensor(a!) best_x, Tensor(b!) best_value, Tensor x, Tensor value) -> ()")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -134,4 +143,21 @@ def _(
 def _(
     x: Tensor, grad: Tensor, origin: Tensor, eps: float, step_size: float, lo: float, hi: float
 ) -> None:
+    return None
+
+
+@torch.library.register_fake("wcmi_fast::linf_start_", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _(x: Tensor, origin: Tensor, eps: float, seed: int, lo: float, hi: float) -> None:
+    return None
+
+
+@torch.library.register_fake("wcmi_fast::l2_step_", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _(
+    x: Tensor, grad: Tensor, origin: Tensor, eps: float, step_size: float, lo: float, hi: float
+) -> None:
+    return None
+
+
+@torch.library.register_fake("wcmi_fast::keep_best_", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _(best_x: Tensor, best_value: Tensor, x: Tensor, value: Tensor) -> None:
     return None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, logsigmoid, relu
 
+from wcmi_fast import philox
 from wcmi_fast._ops import (
     CLAMPED_LSE,
     LSE,
@@ -169,3 +170,59 @@ def linf_step_(
     """Step x along sgn(grad), project on the eps-ball around origin and on clip, in place."""
     moved = torch.clamp(x + step_size * grad.sign(), origin - eps, origin + eps).clamp(*clip)
     return x.copy_(torch.where(grad.isnan(), x, moved))
+
+
+@torch.no_grad()
+def linf_start_(
+    x: Tensor, origin: Tensor, *, eps: float, seed: int, clip: tuple[float, float]
+) -> Tensor:
+    """Put x at a uniform random point of the eps-ball around origin, clipped, in place."""
+    centre = origin.to(accumulation_dtype(origin.dtype))
+    noise = philox.uniform(origin.numel(), seed, origin.device).to(centre.dtype).view(origin.shape)
+    point = torch.clamp(centre + eps * noise, centre - eps, centre + eps)
+    return x.copy_(point.clamp(*clip))
+
+
+def unit_rows(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows of v (N, D) divided by their l2 norms, and the norms (N, 1).
+
+    A row of zeros stays. Infinities outweigh finite numbers: they count as +-1, the rest as 0.
+    """
+    largest = v.abs().amax(dim=1, keepdim=True)
+    infinities = torch.where(v.isinf(), v.sign(), 0.0)
+    # Divided by the largest first: squares stay in range, and the norm of what is not 0 is over 1.
+    v = torch.where(largest.isinf(), infinities, v / torch.where(largest == 0, 1.0, largest))
+    norms = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+    return v / norms.clamp(min=1.0), largest * norms
+
+
+@torch.no_grad()
+def l2_step_(
+    x: Tensor,
+    grad: Tensor,
+    origin: Tensor,
+    *,
+    eps: float,
+    step_size: float,
+    clip: tuple[float, float],
+) -> Tensor:
+    """Step the rows of x along grad / |grad|, project on the eps-ball around origin, clip."""
+    if not x.numel():
+        return x
+    dtype = accumulation_dtype(x.dtype)
+    before, gradient, centre = (t.to(dtype).reshape(len(x), -1) for t in (x, grad, origin))
+    direction, _ = unit_rows(gradient)
+    moved = before + step_size * direction
+    outward, distance = unit_rows(moved - centre)
+    moved = torch.where(distance <= eps, moved, centre + eps * outward).clamp(*clip)
+    moved = torch.where(gradient.isnan().any(dim=1, keepdim=True), before, moved)
+    return x.copy_(moved.view(x.shape))
+
+
+@torch.no_grad()
+def keep_best_(best_x: Tensor, best_value: Tensor, x: Tensor, value: Tensor) -> None:
+    """Copy the rows of x, and their values, where value is greater than best_value, in place."""
+    better = (value > best_value) | (best_value.isnan() & ~value.isnan())
+    rows = better.reshape(better.shape + (1,) * (x.dim() - better.dim()))
+    best_x.copy_(torch.where(rows, x, best_x))
+    best_value.copy_(torch.where(better, value, best_value))

@@ -1,6 +1,6 @@
 # The only list of kernels and of their flags: one body per operator, compiled once per instruction
 # set. Included by the library's build and by that of benchmarks/callgrind.
-set(operators critic_stats critic_tail linf_step)
+set(operators critic_stats critic_tail linf_step linf_start l2_step keep_best)
 
 set(CMAKE_CXX_STANDARD 17)
 set(CMAKE_CXX_STANDARD_REQUIRED ON)
@@ -21,8 +21,12 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
 endif()
 
 set(kernel_flags -O3 -fno-math-errno -fno-trapping-math -Wall -Wextra)
-# linf_step_ is bitwise equal to torch at every level: a fused multiply-add would round once less.
+# linf_step_ and linf_start_ are bitwise equal to torch at every level, l2_step_ is the same at every
+# level: a fused multiply-add would round once less.
 set(linf_step_flags -ffp-contract=off)
+set(linf_start_flags -ffp-contract=off)
+set(l2_step_flags -ffp-contract=off)
+set(keep_best_flags -ffp-contract=off)
 set(critic_stats_flags -ffp-contract=fast)
 set(critic_tail_flags -ffp-contract=fast)
 
@@ -35,7 +39,8 @@ function(target_kernels target)
       target_sources(${target} PRIVATE ${source})
       set_source_files_properties(${source} PROPERTIES
         COMPILE_OPTIONS "${kernel_flags};${${operator}_flags};${${level}_flags}"
-        OBJECT_DEPENDS "${folder}/${operator}-inl.h;${folder}/vector-inl.h")
+        OBJECT_DEPENDS
+          "${folder}/${operator}-inl.h;${folder}/vector-inl.h;${folder}/storage-inl.h")
     endforeach()
   endforeach()
   if(OpenMP_CXX_FOUND)

@@ -30,6 +30,9 @@ OPERATORS: tuple[str, ...] = (
     "score_stats",
     "critic_tail",
     "linf_step_",
+    "linf_start_",
+    "l2_step_",
+    "keep_best_",
 )
 
 # A tile of T stays in the second-level cache between the product and the reductions. It has so many
@@ -350,6 +353,49 @@ def linf_step_(
         DTYPES[x.dtype], target.data_ptr(), grad.data_ptr(), origin.data_ptr(), x.numel(),
         eps, step_size, lo, hi, torch.get_num_threads(),
     )  # fmt: skip
+    _written(x, target)
+
+
+def linf_start_(x: Tensor, origin: Tensor, eps: float, seed: int, lo: float, hi: float) -> None:
+    """Write a random start; in index order, so that the memory format changes nothing."""
+    target = x if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype)
+    origin = origin.contiguous()
+    _binary.linf_start(
+        DTYPES[x.dtype], target.data_ptr(), origin.data_ptr(), x.numel(), eps, seed, lo, hi,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    _written(x, target)
+
+
+def l2_step_(
+    x: Tensor, grad: Tensor, origin: Tensor, eps: float, step_size: float, lo: float, hi: float
+) -> None:
+    """Make one projected step along the normalised gradient in place; see kernels.h."""
+    target = dense(x)
+    grad, origin = laid_out_as(grad, target), laid_out_as(origin, target)
+    rows = len(x)
+    _binary.l2_step(
+        DTYPES[x.dtype], target.data_ptr(), grad.data_ptr(), origin.data_ptr(), rows,
+        x.numel() // max(rows, 1), eps, step_size, lo, hi, torch.get_num_threads(),
+    )  # fmt: skip
+    _written(x, target)
+
+
+def keep_best_(best_x: Tensor, best_value: Tensor, x: Tensor, value: Tensor) -> None:
+    """Keep the rows of greater value; see kernels.h."""
+    target, target_value = dense(best_x), best_value.contiguous()
+    x, value = laid_out_as(x, target), value.contiguous()
+    rows = value.numel()
+    _binary.keep_best(
+        DTYPES[value.dtype], target.data_ptr(), target_value.data_ptr(), x.data_ptr(),
+        value.data_ptr(), rows, x.nbytes // max(rows, 1), torch.get_num_threads(),
+    )  # fmt: skip
+    _written(best_x, target)
+    _written(best_value, target_value)
+
+
+def _written(x: Tensor, target: Tensor) -> None:
+    """Bring what a kernel wrote to `target` into x, and autograd's notice."""
     if target is not x:
         x.copy_(target)
     elif not x.is_inference():
@@ -366,3 +412,6 @@ if _binary is not None:
     LIBRARY.impl("critic_tail_fwd", critic_tail_fwd, "CPU")
     LIBRARY.impl("critic_tail_bwd", critic_tail_bwd, "CPU")
     LIBRARY.impl("linf_step_", linf_step_, "CPU")
+    LIBRARY.impl("linf_start_", linf_start_, "CPU")
+    LIBRARY.impl("l2_step_", l2_step_, "CPU")
+    LIBRARY.impl("keep_best_", keep_best_, "CPU")

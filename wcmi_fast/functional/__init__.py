@@ -16,7 +16,7 @@ from wcmi_fast.functional.bounds import (
     smile,
 )
 from wcmi_fast.functional.ema import EMAState
-from wcmi_fast.functional.steps import linf_step_
+from wcmi_fast.functional.steps import keep_best_, l2_step_, linf_start_, linf_step_
 from wcmi_fast.functional.tail import critic_tail
 
 __all__ = [
@@ -28,6 +28,9 @@ __all__ = [
     "fenchel_dual",
     "infonce",
     "jsd",
+    "keep_best_",
+    "l2_step_",
+    "linf_start_",
     "linf_step_",
     "mine",
     "nwj",
