@@ -344,7 +344,8 @@ def _log_mean_exp(found: CriticStats | Tensor) -> Tensor:
     """Return log of the mean of exp(T) over the negative pairs, per location (P,)."""
     if isinstance(found, Tensor):
         return reference.log_mean_exp(found)
-    return found.lse.logsumexp(0) - _log_pairs(found.positives)  # type: ignore[union-attr]
+    lse: Tensor = found.lse  # type: ignore[assignment]
+    return reference.logsumexp(lse, 0) - _log_pairs(found.positives)
 
 
 def _negative_mean(statistic: Tensor) -> Tensor:
@@ -511,7 +512,7 @@ def infonce(
         return reference.infonce(found, candidates=candidates)
     negatives: Tensor = found.lse  # type: ignore[assignment]
     if candidates == "all_locations":
-        negatives = negatives.logsumexp(1, keepdim=True)
+        negatives = reference.logsumexp(negatives, 1)[:, None]
     value = (found.positives - torch.logaddexp(found.positives, negatives)).mean()
     return value if candidates == "all_locations" else value + math.log(len(found.positives))
 
