@@ -661,9 +661,9 @@ def mine(
     found = _reduce("mine", z, h, scores, stats, mask, impl, LSE)
     log_mean = _log_mean_exp(found)
     positives = reference.positive_scores(found) if isinstance(found, Tensor) else found.positives
-    weight = (log_mean.detach() - ema_state.update("mine", log_mean.detach())).exp()
+    ratio = (log_mean - ema_state.update("mine", log_mean.detach())).exp()
     value = positives.detach().mean() - log_mean.detach().mean()
-    carrier = positives.mean() - (weight * log_mean).mean()
+    carrier = positives.mean() - ratio.mean()
     return reference.value_with_gradient(value, carrier)
 
 
