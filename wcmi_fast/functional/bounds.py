@@ -239,7 +239,7 @@ def _valid_rows(function: str, mask: Tensor, n: int, device: torch.device) -> sl
     rows = mask.nonzero().squeeze(1)
     if len(rows) < 2:
         raise ValueError(
-            f"{function}: mask has {len(rows)} valid rows, wanted 2 or more: fewer have no "
+            f"{function}: mask keeps {len(rows)} of {n} rows, wanted 2 or more: fewer have no "
             "negative pair"
         )
     return slice(0, len(rows)) if bool(mask[: len(rows)].all()) else rows
@@ -255,7 +255,8 @@ def _check_inputs(function: str, **given: object) -> None:
     names = [name for name, value in given.items() if value is not None]
     if names not in (["z", "h"], ["scores"], ["stats"]):
         got = " and ".join(names) or "nothing"
-        raise TypeError(f"{function}: got {got}, wanted z and h, or scores, or stats")
+        others = "or scores" if function == "critic_stats" else "or scores, or stats"
+        raise TypeError(f"{function}: got {got}, wanted z and h, {others}")
 
 
 def _check_stats(
