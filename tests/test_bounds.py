@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -242,7 +244,7 @@ def test_the_clamped_statistic_has_no_gradient(impl: str) -> None:
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
 
 
-def products(work: object) -> int:
+def products(work: Callable[[], object]) -> int:
     """Count the matrix products that torch runs, in operators' kernels, too."""
     with torch.profiler.profile(record_shapes=True) as profile:
         work()
@@ -505,7 +507,7 @@ def valid_part(result: Result, mask: Tensor) -> Result:
 @pytest.mark.parametrize("padded", [padded_features, padded_scores])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_mask_gives_what_the_valid_rows_alone_do(
-    dtype: torch.dtype, padded: object, variant: str, rows: list[bool]
+    dtype: torch.dtype, padded: Callable[..., tuple[Tensor, ...]], variant: str, rows: list[bool]
 ) -> None:
     mask = torch.tensor(rows)
     inputs = padded(mask, dtype)
@@ -519,6 +521,19 @@ def test_a_mask_gives_what_the_valid_rows_alone_do(
             wanted = value_and_grads(lambda *x: bound(variant, *x, impl="reference"), *short)
             assert_same(ours, wanted)
         check_result(ours, variant, *short)
+
+
+@all_variants
+def test_every_mask_of_five_rows(variant: str) -> None:
+    for rows in product((False, True), repeat=5):
+        if sum(rows) < 2:
+            continue
+        mask = torch.tensor(rows)
+        z, h = padded_features(mask, torch.float32)
+        short = unpadded(mask, z, h)
+        for impl in EAGER_IMPLS:
+            value = bound(variant, z, h, mask=mask, impl=impl)
+            assert torch.equal(value, bound(variant, *short, impl=impl))
 
 
 @both_impls

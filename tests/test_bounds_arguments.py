@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -28,13 +29,13 @@ every_function = pytest.mark.parametrize("function", EXTRA)
 THOSE_WITH_STATS = [name for name in EXTRA if name != "critic_stats"]
 
 
-def call(function: str, *features: object, **options: object) -> object:
+def call(function: str, *inputs: Tensor, **options: object) -> object:
     state = {"ema_state": functional.EMAState()} if function == "mine" else {}
     given = {**EXTRA[function], **state, **options}
-    return getattr(functional, function)(*features, **given)
+    return getattr(functional, function)(*inputs, **given)
 
 
-def refused(error: type[Exception], sentence: str) -> object:
+def refused(error: type[Exception], sentence: str) -> AbstractContextManager[object]:
     """Exactly this sentence, and no other line."""
     return pytest.raises(error, match=f"^{re.escape(sentence)}$")
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def workspace(p: int, threads: int, dtype: torch.dtype) -> Tensor:
     return guarded(1, threads * binary().critic_stats_workspace(p), dtype=dtype)
 
 
-def kernels(dtype: torch.dtype) -> object:
+def kernels(dtype: torch.dtype) -> Any:
     return binary().critic_stats_f64 if dtype == torch.float64 else binary().critic_stats_f32
 
 
