@@ -233,6 +233,13 @@ def bound(variant: str, *inputs: Tensor, **options: Any) -> Tensor:
     return getattr(functional, function)(*features, **{**scores, **state, **own, **options})
 
 
+def all_stats(*inputs: Tensor, **options: Any) -> functional.CriticStats:
+    """Call critic_stats for all variants on (z, h) or on (scores,)."""
+    given = {"scores": inputs[0]} if len(inputs) == 1 else dict(zip("zh", inputs, strict=True))
+    names = tuple(STATS_NAMES.values())
+    return functional.critic_stats(**given, which=names, tau=TAU, **options)
+
+
 def as_scores(*inputs: Tensor) -> Tensor:
     """T (N, N, P) of (z, h) or (scores,), half types in float32."""
     if len(inputs) == 2:

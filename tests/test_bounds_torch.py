@@ -11,6 +11,7 @@ from oracle import (
     STATS_NAMES,
     TAU,
     VARIANTS,
+    all_stats,
     as_scores,
     bound,
     limits,
@@ -38,8 +39,7 @@ def every_bound(*inputs: Tensor, **options: object) -> Tensor:
 
 
 def every_bound_from_stats(z: Tensor, h: Tensor, **options: object) -> Tensor:
-    names = tuple(STATS_NAMES.values())
-    stats = functional.critic_stats(z, h, which=names, tau=TAU, **options)
+    stats = all_stats(z, h, **options)
     values = [bound(variant, stats=stats) for variant in VARIANTS]
     return sum((k + 1) * value for k, value in enumerate(values))
 
