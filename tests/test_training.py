@@ -143,8 +143,8 @@ def test_critic_grad_decides_which_side_the_attack_sees(
     loss_fn = loop.information_loss(encoder, critic, reference.dv, critic_grad, critic_refresh)  # type: ignore[arg-type]
     x = images.clone().requires_grad_()
     z_side, h_side = (side.detach() for side in (critic.global_(encoder(x)), critic.local(x)))
-    z_only = -reference.dv(critic.global_(encoder(x)), h_side)
-    h_only = -reference.dv(z_side, critic.local(x))
+    z_only = -reference.dv(reference.scores(critic.global_(encoder(x)), h_side))
+    h_only = -reference.dv(reference.scores(z_side, critic.local(x)))
     (wanted,) = torch.autograd.grad(sides[0] * z_only + sides[1] * h_only, x)
     value = loss_fn(x)
     (found,) = torch.autograd.grad(value, x)

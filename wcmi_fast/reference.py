@@ -56,6 +56,13 @@ def negative_mean(values: Tensor) -> Tensor:
     return values.masked_fill(own_pairs(values), 0.0).sum(dim=(0, 1)) / (n * (n - 1))
 
 
+def logsumexp(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Return x.logsumexp(dim) with a gradient of 0, where torch's is NaN, if every x is -inf."""
+    none = x.detach().amax(dim, keepdim=True) == -math.inf
+    result = x.masked_fill(none, 0.0).logsumexp(dim, keepdim=True)
+    return result.masked_fill(none, -math.inf).squeeze(dim)
+
+
 def dv(T: Tensor, *, diagonal: str = "exclude") -> Tensor:
     """Return the Donsker-Varadhan bound, averaged over locations (spec section 2)."""
     n = T.shape[0]
@@ -70,7 +77,7 @@ def infonce(T: Tensor, *, candidates: str = "location") -> Tensor:
     positives = positive_scores(T)
     if candidates == "location":
         return (positives - T.logsumexp(dim=1)).mean() + math.log(n)
-    negatives = T.masked_fill(own_pairs(T), -math.inf).logsumexp(dim=(1, 2))
+    negatives = logsumexp(T.masked_fill(own_pairs(T), -math.inf), (1, 2))
     return (positives - torch.logaddexp(positives, negatives[:, None])).mean()
 
 
@@ -134,7 +141,7 @@ def score_stats(T: Tensor, which: int, tau: float) -> list[Tensor]:
     """Return the positives and the statistics of T that `which` names, each (N, P); see _ops.py."""
     own = own_pairs(T)
     statistics = {
-        LSE: lambda: T.masked_fill(own, -math.inf).logsumexp(dim=1),
+        LSE: lambda: logsumexp(T.masked_fill(own, -math.inf), 1),
         SOFTPLUS: lambda: -logsigmoid(-T).masked_fill(own, 0.0).sum(dim=1),
         CLAMPED_LSE: lambda: (
             T.detach().clamp(-tau, tau).masked_fill(own, -math.inf).logsumexp(dim=1)

@@ -239,7 +239,7 @@ def _valid_rows(function: str, mask: Tensor, n: int, device: torch.device) -> sl
     rows = mask.nonzero().squeeze(1)
     if len(rows) < 2:
         raise ValueError(
-            f"{function}: mask has {len(rows)} valid rows, wanted 2 or more: fewer have no "
+            f"{function}: mask keeps {len(rows)} of {n} rows, wanted 2 or more: fewer have no "
             "negative pair"
         )
     return slice(0, len(rows)) if bool(mask[: len(rows)].all()) else rows
@@ -255,7 +255,8 @@ def _check_inputs(function: str, **given: object) -> None:
     names = [name for name, value in given.items() if value is not None]
     if names not in (["z", "h"], ["scores"], ["stats"]):
         got = " and ".join(names) or "nothing"
-        raise TypeError(f"{function}: got {got}, wanted z and h, or scores, or stats")
+        others = "or scores" if function == "critic_stats" else "or scores, or stats"
+        raise TypeError(f"{function}: got {got}, wanted z and h, {others}")
 
 
 def _check_stats(
@@ -344,7 +345,8 @@ def _log_mean_exp(found: CriticStats | Tensor) -> Tensor:
     """Return log of the mean of exp(T) over the negative pairs, per location (P,)."""
     if isinstance(found, Tensor):
         return reference.log_mean_exp(found)
-    return found.lse.logsumexp(0) - _log_pairs(found.positives)  # type: ignore[union-attr]
+    lse: Tensor = found.lse  # type: ignore[assignment]
+    return reference.logsumexp(lse, 0) - _log_pairs(found.positives)
 
 
 def _negative_mean(statistic: Tensor) -> Tensor:
@@ -511,7 +513,7 @@ def infonce(
         return reference.infonce(found, candidates=candidates)
     negatives: Tensor = found.lse  # type: ignore[assignment]
     if candidates == "all_locations":
-        negatives = negatives.logsumexp(1, keepdim=True)
+        negatives = reference.logsumexp(negatives, 1)[:, None]
     value = (found.positives - torch.logaddexp(found.positives, negatives)).mean()
     return value if candidates == "all_locations" else value + math.log(len(found.positives))
 
@@ -660,9 +662,9 @@ def mine(
     found = _reduce("mine", z, h, scores, stats, mask, impl, LSE)
     log_mean = _log_mean_exp(found)
     positives = reference.positive_scores(found) if isinstance(found, Tensor) else found.positives
-    weight = (log_mean.detach() - ema_state.update("mine", log_mean.detach())).exp()
+    ratio = (log_mean - ema_state.update("mine", log_mean.detach())).exp()
     value = positives.detach().mean() - log_mean.detach().mean()
-    carrier = positives.mean() - (weight * log_mean).mean()
+    carrier = positives.mean() - ratio.mean()
     return reference.value_with_gradient(value, carrier)
 
 
