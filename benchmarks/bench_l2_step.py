@@ -23,7 +23,8 @@ def eager(x: Tensor, grad: Tensor, origin: Tensor) -> Tensor:
     delta = x + STEP * grad / norm.view(shape) - origin
     size = torch.linalg.vector_norm(delta.reshape(n, -1), dim=1)
     delta = delta * (EPS / size.clamp(min=EPS)).view(shape)
-    return (origin + delta).clamp(*CLIP)
+    moved: Tensor = origin + delta
+    return moved.clamp(*CLIP)
 
 
 @both_threads
