@@ -63,8 +63,8 @@ struct CriticTailKernels {
 
 // linf_step -- x <- clip(clip(x + step_size sgn(grad), origin - eps, origin + eps), lo, hi), each
 //   operation rounded to the storage type as torch rounds it. A pixel whose grad is NaN is left.
-// linf_start -- x <- clip(clip(origin + eps u, origin - eps, origin + eps), lo, hi), computed in
-//   float, or double for double, then rounded. u is uniform in [-1, 1): for element i the upper 24
+// linf_start -- x <- clip(origin + eps u, lo, hi), computed in float, or double for double, then
+//   rounded. u is uniform in [-1, 1): for element i the upper 24
 //   bits of word i % 4 of Philox4x32-10 with counter i / 4 and key `seed`. x may be origin.
 // l2_step -- for each of `rows` rows of `size` elements: x <- x + step_size grad / |grad|, put on
 //   the ball of radius eps around origin where it is outside, then clipped to [lo, hi]. A row of

@@ -356,8 +356,7 @@ def plain_linf_start(origin: Tensor, eps: float, seed: int, clip: tuple[float, f
     """A uniform point of the ball in torch's words; half types in float32, rounded once."""
     centre = origin if origin.dtype == torch.float64 else origin.float()
     noise = plain_uniform(origin.numel(), seed).to(centre.dtype).reshape(origin.shape)
-    point = torch.clamp(centre + eps * noise, centre - eps, centre + eps)
-    return torch.clamp(point, *clip).to(origin.dtype)
+    return torch.clamp(centre + eps * noise, *clip).to(origin.dtype)
 
 
 def plain_l2_step(

@@ -186,8 +186,7 @@ def linf_start_(
     """Put x at a uniform random point of the eps-ball around origin, clipped, in place."""
     centre = origin.to(accumulation_dtype(origin.dtype))
     noise = philox.uniform(origin.numel(), seed, origin.device).to(centre.dtype).view(origin.shape)
-    point = torch.clamp(centre + eps * noise, centre - eps, centre + eps)
-    return x.copy_(point.clamp(*clip))
+    return x.copy_((centre + eps * noise).clamp(*clip))
 
 
 def unit_rows(v: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,8 +56,8 @@ static void linf_start_run(typename S::Element* x, const typename S::Element* or
     // 24 bits, which float32 holds exactly: a multiple of 2^-23 in [-1, 1).
     const T u = static_cast<T>(static_cast<int32_t>(words[i] >> 8)) * static_cast<T>(0x1p-23) - 1;
     const T centre = S::widen(origin[first + i]);
-    T point = centre + eps * u;
-    point = at_most(at_least(point, centre - eps), centre + eps);
+    // No clip to the ball: rounding is monotone, so this is between centre -+ eps, rounded.
+    const T point = centre + eps * u;
     x[first + i] = S::narrow(at_most(at_least(point, lo), hi));
   }
 }

@@ -179,7 +179,7 @@ def linf_start_(
     Equivalent torch program, but for the source of the random numbers::
 
         noise = torch.empty_like(origin).uniform_(-1, 1)
-        x.copy_((origin + eps * noise).clamp(origin - eps, origin + eps).clamp(*clip))
+        x.copy_((origin + eps * noise).clamp(*clip))
 
     Source: Madry et al. 2018, section 2.1; the numbers: Salmon et al. 2011.
     """
