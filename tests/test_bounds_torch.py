@@ -126,6 +126,17 @@ def test_gradgradcheck_of_masked_bounds_from_one_sweep(impl: str) -> None:
     assert torch.autograd.gradgradcheck(total, (z, h))
 
 
+@both_impls
+@pytest.mark.parametrize("variant", ["dv", "infonce", "jsd"])
+def test_gradgradcheck_where_h_depends_on_z(variant: str, impl: str) -> None:
+    z = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+
+    def of_both(a: Tensor) -> Tensor:
+        return bound(variant, a, torch.stack([a.tanh(), a**2], 1), impl=impl)
+
+    assert torch.autograd.gradgradcheck(of_both, (z,))
+
+
 @all_variants
 @both_impls
 def test_create_graph_does_not_change_the_gradient(impl: str, variant: str) -> None:
