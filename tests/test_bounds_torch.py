@@ -126,6 +126,22 @@ def test_gradgradcheck_of_masked_bounds_from_one_sweep(impl: str) -> None:
     assert torch.autograd.gradgradcheck(total, (z, h))
 
 
+@both_impls
+@pytest.mark.parametrize("variant", TWICE)
+def test_derivatives_where_h_depends_on_z(variant: str, impl: str) -> None:
+    # gradgradcheck alone would compare the gradient of create_graph=True with itself.
+    z = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+
+    def derivatives(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        value = function(z, torch.stack([z.tanh(), z**2], 1))
+        (first,) = torch.autograd.grad(value, z, create_graph=True)
+        return first, torch.autograd.grad((first**2).sum(), z)[0]
+
+    ours = derivatives(lambda a, b: bound(variant, a, b, impl=impl))
+    plain = derivatives(lambda a, b: plain_bound(variant, as_scores(a, b), carrier=True))
+    torch.testing.assert_close(ours, plain)
+
+
 @all_variants
 @both_impls
 def test_create_graph_does_not_change_the_gradient(impl: str, variant: str) -> None:

@@ -266,8 +266,10 @@ def ulps(ours: Tensor, exact: Tensor) -> float:
 
 
 def ladder(low: float, high: float, dtype: torch.dtype) -> Tensor:
-    """T (2, 2, 8192): each negative score is a row's only one."""
-    return torch.linspace(low, high, 2 * 2 * 8192, dtype=torch.float64).to(dtype).view(2, 2, -1)
+    """T (2, 2, 8192): each negative score, from low to high, is a row's only one."""
+    T = torch.zeros(2, 2, 8192, dtype=dtype)
+    T[0, 1], T[1, 0] = torch.linspace(low, high, 2 * 8192, dtype=torch.float64).view(2, -1)
+    return T
 
 
 @every_level
@@ -454,6 +456,7 @@ def test_many_statistics_are_finished_by_many_threads(dtype: torch.dtype) -> Non
     one = reduce_tiles(T)
     for name, values in reduce_tiles(T, threads=2).items():
         assert_same_bits(values, one[name])
+    check_statistics(T, split(3, 3, 3))
 
 
 def peak_mib(work: Callable[[], object]) -> float:
