@@ -382,7 +382,14 @@ class TestL2:
 
     def test_the_random_start_is_clipped(self) -> None:
         x = images(50, 64)
-        start = self.attack(eps=3.0, steps=1, random_start=True).attack(self.flat, x)
+        seen = []
+
+        def loss_fn(v: Tensor) -> Tensor:
+            seen.append(v.detach().clone())
+            return self.flat(v)
+
+        self.attack(eps=3.0, steps=1, random_start=True).attack(loss_fn, x)
+        (start,) = seen  # before a step could clip it
         assert start.min() == 0
         assert start.max() == 1
         assert ((start - x).norm(dim=1) <= 3.0).all()
