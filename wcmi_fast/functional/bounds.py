@@ -86,9 +86,7 @@ class CriticStats:
 class _CriticStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, h: Tensor, which: int, tau: float) -> tuple[Tensor, ...]:
-        n, p, _ = h.shape
-        needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        keep = needed and n * n * p * accumulation_dtype(z.dtype).itemsize <= KEPT_SCORES_BYTES
+        keep = _keeps_scores(ctx, z, h)
         stats, scores = torch.ops.wcmi_fast.critic_stats_fwd(z, h, which, tau, keep)
         ctx.which, ctx.tau = which, tau
         outputs: tuple[Tensor, ...] = stats.unbind()
@@ -152,6 +150,44 @@ class _DVValue(torch.autograd.Function):
                 lambda a, b: [_dv_value(a, b, ctx.zero_diagonal)], (positives, lse), (d,)
             ), None
         return (d / positives.numel()).expand_as(positives), d * dlse, None
+
+
+class _DV(torch.autograd.Function):
+    """critic_stats and dv_value in one node, which for small inputs is most of the time."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, h: Tensor, zero_diagonal: bool) -> Tensor:
+        value: Tensor
+        keep = _keeps_scores(ctx, z, h)
+        stats, scores = torch.ops.wcmi_fast.critic_stats_fwd(z, h, LSE, 1.0, keep)
+        value, dlse = torch.ops.wcmi_fast.dv_value(stats[0], stats[1], zero_diagonal)
+        ctx.diagonal = DIAGONALS[zero_diagonal]
+        ctx.save_for_backward(z, h, stats, scores, dlse)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        z, h, stats, scores, dlse = ctx.saved_tensors
+        need_dz, need_dh = ctx.needs_input_grad[:2]
+        if _wants_graph():
+            dz, dh = _through_oracle(
+                lambda a, b: [reference.dv(reference.scores(a, b), diagonal=ctx.diagonal)],
+                (z, h),
+                (d,),
+            )
+        else:
+            dpositives = (d / dlse.numel()).expand_as(dlse)
+            dz, dh = torch.ops.wcmi_fast.critic_stats_bwd(
+                [dpositives, d * dlse], z, h, stats[1], scores, LSE, need_dz, need_dh
+            )
+        return dz if need_dz else None, dh if need_dh else None, None
+
+
+def _keeps_scores(ctx: Any, z: Tensor, h: Tensor) -> bool:
+    """Whether the backward pass is to find T instead of computing it again."""
+    n, p, _ = h.shape
+    size = n * n * p * accumulation_dtype(z.dtype).itemsize
+    return any(ctx.needs_input_grad[:2]) and size <= KEPT_SCORES_BYTES
 
 
 def _lse_of(stats: tuple[Tensor, ...], which: int) -> Tensor:
@@ -312,13 +348,19 @@ def _reduce_features(
     which: int,
     tau: float,
 ) -> CriticStats | Tensor:
-    h = _check_features(function, z, h)
-    if mask is not None:
-        rows = _valid_rows(function, mask, len(z), z.device)
-        z, h = z[rows], h[rows]
+    z, h = _features(function, z, h, mask)
     if registry.choose(function, "critic_stats", z.device.type, impl) == registry.REFERENCE:
         return reference.scores(z, h)
     return _named(_CriticStats.apply(z.contiguous(), h.contiguous(), which, tau), which, tau)
+
+
+def _features(function: str, z: Tensor, h: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return z (N, U) and h (N, P, U), checked, N counting the valid rows."""
+    h = _check_features(function, z, h)
+    if mask is None:
+        return z, h
+    rows = _valid_rows(function, mask, len(z), z.device)
+    return z[rows], h[rows]
 
 
 def _reduce_scores(
@@ -455,10 +497,16 @@ def dv(
     """
     if diagonal not in DIAGONALS:
         raise ValueError(f"dv: diagonal is {diagonal!r}, wanted one of {DIAGONALS}")
+    zero = diagonal == "zero"
+    if scores is None and stats is None and z is not None and h is not None:
+        z, h = _features("dv", z, h, mask)
+        if registry.choose("dv", "critic_stats", z.device.type, impl) == "cpu":
+            fused: Tensor = _DV.apply(z.contiguous(), h.contiguous(), zero)
+            return fused
+        mask = None
     found = _reduce("dv", z, h, scores, stats, mask, impl, LSE)
     if isinstance(found, Tensor):
         return reference.dv(found, diagonal=diagonal)
-    zero = diagonal == "zero"
     if registry.choose("dv", "dv_value", found.positives.device.type, None) == registry.REFERENCE:
         return _dv_value(found.positives, found.lse, zero)  # type: ignore[arg-type]
     value: Tensor = _DVValue.apply(found.positives, found.lse, zero)
