@@ -132,7 +132,8 @@ def test_opcheck() -> None:
     torch.library.opcheck(forward, (rows, w1, b1, w2, b2, s, EPS))
     features, rstd = forward(rows, w1, b1, w2, b2, s, EPS)
     backward = torch.ops.wcmi_fast.critic_tail_bwd.default
-    torch.library.opcheck(backward, (features, features, rstd, rows, w1, b1, w2, s))
+    for weights in (True, False):
+        torch.library.opcheck(backward, (features, features, rstd, rows, w1, b1, w2, s, weights))
 
 
 def test_compile_without_graph_breaks() -> None:

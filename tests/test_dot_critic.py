@@ -132,7 +132,7 @@ def test_one_row_has_no_variance() -> None:
 
 
 @pytest.mark.parametrize("triangular", [False, True])
-@pytest.mark.parametrize("block", [3, 8, 256])
+@pytest.mark.parametrize("block", [3, 8, 128])
 @pytest.mark.parametrize(("units", "convolutions"), [(5, 3), (15, 2), (16, 2), (40, 2)])
 def test_the_view_is_the_module_in_eval_mode(
     triangular: bool, block: int, units: int, convolutions: int, monkeypatch: pytest.MonkeyPatch
@@ -164,7 +164,7 @@ def test_the_view_by_default_at_the_size_where_it_is_triangular() -> None:
     view = ours.frozen()
     assert len(view._factor) > 1
     check_view(ours, view)
-    assert len(critic(8).frozen()._factor) == 1
+    assert critic(8).frozen()._k is None
 
 
 def test_a_view_of_float64() -> None:
@@ -243,7 +243,7 @@ def test_a_view_is_not_stale_after_use_or_a_change_of_mode() -> None:
 
 def test_a_second_derivative_of_the_view_is_refused() -> None:
     x = inputs()[1]
-    h = critic().frozen().x_side(x.requires_grad_())
+    h = critic().frozen(triangular=True).x_side(x.requires_grad_())
     with pytest.raises(RuntimeError, match=r"has no second derivative .* wanted DotCritic"):
         torch.autograd.grad(h.sum(), x, create_graph=True)
 

@@ -46,7 +46,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "critic_tail_bwd(Tensor dfeatures, Tensor features, Tensor rstd, Tensor rows, Tensor w1,"
-    " Tensor b1, Tensor w2, Tensor s)"
+    " Tensor b1, Tensor w2, Tensor s, bool need_weights)"
     " -> (Tensor drows, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor ds)"
 )
 LIBRARY.define(
@@ -135,8 +135,10 @@ def _(
     b1: Tensor,
     w2: Tensor,
     s: Tensor,
+    need_weights: bool,
 ) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x) for x in (rows, w1, b1, w2, b1, s))
+    weights = (torch.empty_like(x) if need_weights else x.new_empty(0) for x in (w1, b1, w2, b1, s))
+    return torch.empty_like(rows), *weights
 
 
 @torch.library.register_fake("wcmi_fast::linf_step_", lib=LIBRARY)  # type: ignore[untyped-decorator]

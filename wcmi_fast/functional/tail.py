@@ -29,10 +29,11 @@ class _CriticTail(torch.autograd.Function):
             aliases = [x.view_as(x).requires_grad_() for x in (rows, w1, b1, w2, b2, s)]
             plain = reference.critic_tail(*aliases, ctx.eps)  # type: ignore[call-arg]
             return *torch.autograd.grad(plain, aliases, dfeatures, create_graph=True), None
+        need_weights = any(ctx.needs_input_grad[1:6])
         gradients = torch.ops.wcmi_fast.critic_tail_bwd(
-            dfeatures.contiguous(), features, rstd, rows, w1, b1, w2, s
+            dfeatures.contiguous(), features, rstd, rows, w1, b1, w2, s, need_weights
         )
-        return *gradients, None
+        return *(gradients if need_weights else (gradients[0], *5 * [None])), None
 
 
 def critic_tail(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+from wcmi_fast import reference
 from wcmi_fast._ops import tail_width
 from wcmi_fast.functional.tail import TAIL_DTYPES, critic_tail
 from wcmi_fast.models.critics import GlobalCritic, LocalCritic
@@ -18,7 +19,7 @@ from wcmi_fast.models.folding import folded
 TRIANGULAR_UNITS = 512
 
 # Columns of the triangular factor that are multiplied together: fewer save more, but run slower.
-FACTOR_BLOCK = 256
+FACTOR_BLOCK = 128
 
 
 class DotCritic(nn.Module):
@@ -98,9 +99,10 @@ class FrozenCritic:
     """A `DotCritic` in eval mode with fixed weights, for attacks; made by `DotCritic.frozen`.
 
     With y = [relu(W1 v + b1); v; 1], the block before its layer norm is K y, and with K centred
-    over the units the norm is <z, K y> / |K y|: z is multiplied by K once, and only |K y| needs a
-    product with U x U weights, as |R y| with K = QR. The features are therefore y / |K y|, and
-    other than those of `DotCritic`, with the same products. Both sides must come from one view.
+    over the units the score is <z, K y> / |K y|. So with a triangular factor, K = QR, z is
+    multiplied by K once, and only the norm needs a product with U x U weights, as |R y|. The
+    features are then y / |K y|, and other than those of `DotCritic`, with the same products. Both
+    sides must come from one view.
 
     Gradients flow to g and x and never to weights. A view of weights that have changed since
     (by an optimiser, ``load_state_dict``, ``.data``, or replaced) raises when it is used.
@@ -127,12 +129,13 @@ class FrozenCritic:
             )
         self._norm = block.norm
         self._w1, self._b1 = hidden.weight, hidden.bias
-        units, inputs = hidden.weight.shape
-        centred = torch.cat([output.weight, block.shortcut.weight, output.bias[:, None]], dim=1)
-        centred -= centred.mean(dim=0)
-        self._width = tail_width(units + inputs)
-        self._k = pad(centred, (0, self._width - centred.shape[1]))
-        self._factor = _triangular_blocks(self._k) if triangular else [(0, self._k)]
+        self._w2, self._b2, self._shortcut = output.weight, output.bias, block.shortcut.weight
+        self._k: Tensor | None = None
+        if triangular:
+            centred = torch.cat([self._w2, self._shortcut, self._b2[:, None]], dim=1)
+            centred -= centred.mean(dim=0)
+            self._k = pad(centred, (0, tail_width(centred.shape[1] - 1) - centred.shape[1]))
+            self._factor = _triangular_blocks(self._k)
 
     def __call__(self, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map representations g (N, D) and images x (N, C, H, W) to z (N, F) and h (N, P, F).
@@ -141,33 +144,48 @@ class FrozenCritic:
             ValueError: g or x of other shapes.
             RuntimeError: weights have changed since the view was made.
         """
-        return self.z_side(g), self.x_side(x)
+        self._check_fresh()
+        return self._z_side(g), self._x_side(x)
 
     def z_side(self, g: Tensor) -> Tensor:
         """Map representations g(x) (N, D), floating point, to z (N, F)."""
         self._check_fresh()
-        z: Tensor = self._global(g)
-        constant = (z @ self._norm.bias)[:, None]
-        return pad(torch.cat([(z * self._norm.weight) @ self._k, constant], dim=1), (0, 15))
+        return self._z_side(g)
 
     def x_side(self, x: Tensor) -> Tensor:
         """Map images (N, C, H, W), floating point, to h (N, P, F)."""
         self._check_fresh()
-        check_images("FrozenCritic", x, self.input_shape)
-        rows = _rows(self._convolutions(x))
-        h: Tensor = _FrozenBlock.apply(rows, self._w1, self._b1, self._factor, self._norm.eps)
-        return _by_image(h, len(x))
+        return self._x_side(x)
 
     def scores(self, g: Tensor, x: Tensor) -> Tensor:
         """Map representations and images to T (N, N, P).
 
         Without gradients the features exist for a few images at a time only.
         """
-        z = self.z_side(g)
+        self._check_fresh()
+        z = self._z_side(g)
         if torch.is_grad_enabled():
-            return _scores(z, self.x_side(x))
+            return _scores(z, self._x_side(x))
         images = max(1, BLOCK_ROWS // self.locations)
-        return torch.cat([_scores(z, self.x_side(part)) for part in x.split(images)], dim=1)
+        return torch.cat([_scores(z, self._x_side(part)) for part in x.split(images)], dim=1)
+
+    def _z_side(self, g: Tensor) -> Tensor:
+        z: Tensor = self._global(g)
+        if self._k is None:
+            return _with_affine(z, self._norm)
+        constant = (z @ self._norm.bias)[:, None]
+        return pad(torch.cat([(z * self._norm.weight) @ self._k, constant], dim=1), (0, 15))
+
+    def _x_side(self, x: Tensor) -> Tensor:
+        check_images("FrozenCritic", x, self.input_shape)
+        return _by_image(self._block(_rows(self._convolutions(x))), len(x))
+
+    def _block(self, rows: Tensor) -> Tensor:
+        if self._k is None:
+            weights = (self._w1, self._b1, self._w2, self._b2, self._shortcut)
+            return critic_tail(rows, *weights, eps=self._norm.eps)
+        h: Tensor = _FrozenBlock.apply(rows, self._w1, self._b1, self._factor, self._norm.eps)
+        return h
 
     def _check_fresh(self) -> None:
         if _fingerprint(self._critic) != self._fingerprint:
@@ -292,16 +310,20 @@ def _block_features(block: Any, rows: Tensor) -> Tensor:
 def _batch_statistics(w1: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return rows less their mean (R, C), the mean (C,), and the variance of w1 rows (U,).
 
-    The variance is the diagonal of w1 cov(rows) w1', in float64, because the covariance has
-    squared what it is made of.
+    The variance's value is computed in float64, because a covariance has squared what it is made
+    of; its gradient has nothing to lose.
     """
-    exact = rows.double()
-    mean = exact.mean(dim=0)
-    centred = exact - mean
-    covariance = centred.t() @ centred / len(rows)
-    wide = w1.double()
-    variance = ((wide @ covariance) * wide).sum(dim=1)
-    return centred.to(w1.dtype), mean.to(w1.dtype), variance.to(w1.dtype)
+    mean = rows.mean(dim=0)
+    centred = rows - mean
+    with torch.no_grad():
+        exact = _linear_variance(w1.double(), centred.double()).to(w1.dtype)
+    return centred, mean, reference.value_with_gradient(exact, _linear_variance(w1, centred))
+
+
+def _linear_variance(w1: Tensor, centred: Tensor) -> Tensor:
+    """Return the diagonal of w1 cov w1', cov the covariance of centred rows."""
+    covariance = centred.t() @ centred / len(centred)
+    return ((w1 @ covariance) * w1).sum(dim=1)
 
 
 @torch.no_grad()
