@@ -23,6 +23,7 @@ from wcmi_fast._ops import (
 )
 from wcmi_fast.backends.binary import DTYPES, load
 from wcmi_fast.backends.layout import dense, laid_out_as
+from wcmi_fast.backends.memory import empty
 
 OPERATORS: tuple[str, ...] = (
     "critic_stats",
@@ -209,8 +210,10 @@ def critic_stats_bwd(
             return _critic_stats_bwd_tiled(gradients, z, h, need_dz, need_dh)
         grad = score_stats_bwd(dstats, scores, lse, which).view(n, n * p)
         dz = torch.mm(grad, h.to(dtype).view(n * p, u)).to(z.dtype) if need_dz else none
-        dh = torch.mm(grad.t(), z.to(dtype)).to(h.dtype).view(h.shape) if need_dh else none
-    return dz, dh
+        if not need_dh:
+            return dz, none
+        dh = torch.mm(grad.t(), z.to(dtype), out=empty((n * p, u), grad))
+    return dz, dh.to(h.dtype).view(h.shape)
 
 
 def _critic_stats_bwd_tiled(
@@ -223,7 +226,7 @@ def _critic_stats_bwd_tiled(
     part_buffer, grad_buffer = torch.empty((2, tiles[0][1] * columns), dtype=dtype).unbind()
     wide_z = z.to(dtype)
     dz = torch.empty((n, u) if need_dz else 0, dtype=dtype)
-    dh = torch.empty_like(h) if need_dh else h.new_empty(0)
+    dh = empty(h.shape, h) if need_dh else h.new_empty(0)
     # Of half types the sums over the rows are kept in float32 until they are complete.
     wide_dh = None if h.dtype == dtype or not need_dh else torch.empty((columns, u), dtype=dtype)
     for tile in tiles:
@@ -300,7 +303,7 @@ def critic_tail_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Map rows to features, a block of rows at a time; see _ops.py."""
     units, width = len(w2), tail_width(len(w2))
-    features, rstd = rows.new_empty((len(rows), width)), rows.new_empty(len(rows))
+    features, rstd = empty((len(rows), width), rows), rows.new_empty(len(rows))
     kernel, threads = _tail(rows.dtype).fwd, torch.get_num_threads()
     with _without_autocast():
         for first in range(0, len(rows), TAIL_ROWS):

@@ -10,6 +10,7 @@ from torch.nn.functional import linear, pad
 
 from wcmi_fast import reference
 from wcmi_fast._ops import tail_width
+from wcmi_fast.backends.memory import empty
 from wcmi_fast.functional.tail import TAIL_DTYPES, critic_tail
 from wcmi_fast.models.critics import GlobalCritic, LocalCritic
 from wcmi_fast.models.encoders import check_images
@@ -208,8 +209,8 @@ class _FrozenBlock(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         width, units = factor[0][1].shape[1], len(w1)
-        features = rows.new_empty((len(rows), width + 16))
-        projected = rows.new_empty((len(rows) if ctx.needs_input_grad[0] else 0, units))
+        features = empty((len(rows), width + 16), rows)
+        projected = empty((len(rows) if ctx.needs_input_grad[0] else 0, units), rows)
         rstd = rows.new_empty(len(rows))
         with _plain_products(rows):
             for part in _blocks(len(rows)):
