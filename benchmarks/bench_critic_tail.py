@@ -11,9 +11,10 @@ import authors
 import pytest
 import torch
 from cases import Against, Case, both_threads, check_twice, measure, normal
+from timing import Call
 from torch import Tensor, nn
 
-from wcmi_fast.models import DotCritic
+from wcmi_fast.models import DotCritic, dot_critic
 
 N, CHANNELS, SIDE, DIM = 128, 128, 8, 64
 UNITS = [256, 2048]
@@ -43,6 +44,42 @@ def operands() -> tuple[Tensor, Tensor]:
 def flop(units: int, passes: int) -> float:
     """Count the products of the block on all rows; backward there are two for each forward."""
     return 2.0 * passes * N * SIDE**2 * (units * units + 2 * CHANNELS * units)
+
+
+def products(pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+    """Return the bare products of pairs."""
+
+    def floor() -> None:
+        for a, b in pairs:
+            torch.mm(a, b)
+
+    return floor
+
+
+def training_floor(units: int) -> Callable[[], None]:
+    """Return the products of the block, forward and backward."""
+    rows, hidden, dv = normal(N * SIDE**2, CHANNELS), *normal(2, N * SIDE**2, units, seed=1)
+    w1, w2 = normal(units, CHANNELS), normal(units, units)
+    forward = [(rows, w1.t()), (hidden, w2.t()), (rows, w1.t())]
+    to_rows = [(dv, w2), (hidden, w1), (dv, w1)]
+    to_weights = [(dv.t(), hidden), (dv.t(), rows), (hidden.t(), rows)]
+    return products(forward + to_rows + to_weights)
+
+
+def attack_floor(units: int, backward: bool) -> Callable[[], None]:
+    """Return the products of a view with a factor: hidden layer, norm and scores; and back."""
+    rows, w1, z = (
+        normal(N * SIDE**2, CHANNELS),
+        normal(units, CHANNELS),
+        normal(N, units + CHANNELS),
+    )
+    y, dT = normal(len(rows), units + CHANNELS), normal(len(rows), N)
+    block = dot_critic.FACTOR_BLOCK
+    parts = [(y[:, k:], normal(block, y.shape[1] - k)) for k in range(0, units, block)]
+    forward = [(rows, w1.t()), (z, y.t()), *((some, r.t()) for some, r in parts)]
+    q, hidden = normal(len(rows), block), y[:, :units]
+    back = [(dT, z), (hidden, w1), *((q, r) for _, r in parts)] if backward else []
+    return products(forward + back)
 
 
 def grads(features: Tensor, leaves: list[Tensor], d: Tensor) -> list[Tensor]:
@@ -82,9 +119,12 @@ def bench_training(benchmark: Any, units: int, threads: int) -> None:
     case = Case(
         op="critic_tail",
         sizes={"mode": "training, forward + backward", "N": N, "P": SIDE**2, "U": units},
-        variants={"ours": run_ours, "module": run_plain},
+        variants={"ours": run_ours, "module": run_plain, "floor": training_floor(units)},
         check=check,
-        ratios={"module / ours": Against("module", "higher", 1.5 if paper else None)},
+        ratios={
+            "module / ours": Against("module", "higher", 1.5 if paper else None),
+            "module / floor": Against("module", "higher", ours="floor"),
+        },
         flop=flop(units, 3),
         memory=("ours", "module"),
         peak_share=0.5 if paper else None,
@@ -127,12 +167,18 @@ def bench_attack_forward(benchmark: Any, units: int, threads: int) -> None:
         "ours, not frozen": ours.scores,
         "module": plain,
     }
+    calls: dict[str, Call] = {
+        name: partial(without_gradients, scores) for name, scores in programs.items()
+    }
     case = Case(
         op="critic_tail",
         sizes={"mode": "attack, forward", "N": N, "P": SIDE**2, "U": units},
-        variants={name: partial(without_gradients, scores) for name, scores in programs.items()},
+        variants={**calls, "floor": attack_floor(units, backward=False)},
         check=check,
-        ratios={"module / ours": Against("module", "higher", 2.0 if units == UNITS[-1] else None)},
+        ratios={
+            "module / ours": Against("module", "higher", 2.0 if units == UNITS[-1] else None),
+            "module / floor": Against("module", "higher", ours="floor"),
+        },
         flop=flop(units, 1),
         memory=("ours", "module"),
     )
@@ -160,9 +206,16 @@ def bench_attack_backward(benchmark: Any, units: int, threads: int) -> None:
     case = Case(
         op="critic_tail",
         sizes={"mode": "attack, forward + backward", "N": N, "P": SIDE**2, "U": units},
-        variants={"ours": partial(run, view.scores), "module": partial(run, plain)},
+        variants={
+            "ours": partial(run, view.scores),
+            "module": partial(run, plain),
+            "floor": attack_floor(units, backward=True),
+        },
         check=check,
-        ratios={"module / ours": Against("module", "higher", 1.7 if units == UNITS[-1] else None)},
+        ratios={
+            "module / ours": Against("module", "higher", 1.7 if units == UNITS[-1] else None),
+            "module / floor": Against("module", "higher", ours="floor"),
+        },
         flop=flop(units, 2),
         memory=("ours", "module"),
     )
