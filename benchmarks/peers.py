@@ -3,7 +3,7 @@
 Run in an environment of its own, because two peers want old releases of numpy and requests:
 
     pip install '.[peers]'
-    OMP_NUM_THREADS=1 python benchmarks/peers.py --threads 1 --markdown docs/peers_section.md
+    OMP_NUM_THREADS=1 python benchmarks/peers.py --threads 1 --markdown docs/benchmarks.md
 
 The exit status is 1 if a value is not what it should be. A peer that is not there or does not run
 is a row that says why, and no error.
@@ -15,11 +15,7 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
-import platform
-import shlex
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,16 +23,19 @@ from importlib import metadata
 from pathlib import Path
 from statistics import median
 
+import msgspec
 import peer_attacks
 import peer_bounds
 import torch
 from peer_case import Case, PeerFailedError, Values, import_peer
 from rich.console import Console
 from rich.table import Column, Table
+from schema import Environment
+from timing import environment, interleaved, ratio
 
-import wcmi_fast
-from wcmi_fast.backends import cpu
+from wcmi_fast.files import write_file
 
+HEADING = "## Peers, side by side"
 SAMPLE_SECONDS = 0.02
 # Of a table that goes to a file or a pipe.
 FILE_WIDTH = 180
@@ -67,11 +66,6 @@ class Row:
     def mismatch(self) -> bool:
         return self.values is not None and not self.values.ok
 
-    def ratio(self, a: str, b: str) -> tuple[float, float, float]:
-        """Return the median, lowest and highest a / b of the rounds."""
-        ratios = [x / y for x, y in zip(self.seconds[a], self.seconds[b], strict=True)]
-        return median(ratios), min(ratios), max(ratios)
-
     def beyond(self, name: str, floor: str) -> float:
         """Return the median over rounds of name's seconds beyond floor's."""
         return median(x - y for x, y in zip(self.seconds[name], self.seconds[floor], strict=True))
@@ -95,44 +89,11 @@ def checked(peer: str, module: str, cases: Callable[[], Iterable[Case]]) -> Iter
             yield Row(peer, case, not_run=str(reason))
 
 
-def interleaved(
-    variants: Mapping[str, Callable[[], object]],
-    *,
-    rounds: int,
-    min_sample_s: float = SAMPLE_SECONDS,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
-    """Return each variant's seconds per call, one sample a round, in an order that rotates."""
-    calls = {name: _calls(call, min_sample_s, clock) for name, call in variants.items()}
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for index in range(rounds):
-        names = list(variants)
-        start = index % len(names)
-        for name in names[start:] + names[:start]:
-            times[name].append(_sample(variants[name], calls[name], clock) / calls[name])
-    return times
-
-
-def _calls(call: Callable[[], object], min_sample_s: float, clock: Callable[[], float]) -> int:
-    _sample(call, 2, clock)
-    count = 1
-    while _sample(call, count, clock) < min_sample_s:
-        count *= 2
-    return count
-
-
-def _sample(call: Callable[[], object], count: int, clock: Callable[[], float]) -> float:
-    start = clock()
-    for _ in range(count):
-        call()
-    return clock() - start
-
-
 def time_row(row: Row, rounds: int) -> None:
     """Fill in the seconds per step of a row that ran."""
     if row.case is None or row.not_run is not None:
         return
-    times = interleaved(row.case.programs, rounds=rounds)
+    times = interleaved(row.case.programs, rounds=rounds, min_sample_s=SAMPLE_SECONDS)
     row.seconds = {name: [t / row.case.steps for t in ts] for name, ts in times.items()}
 
 
@@ -152,8 +113,8 @@ def milliseconds(seconds: Sequence[float]) -> str:
 
 
 def times_as_fast(row: Row) -> str:
-    middle, low, high = row.ratio("theirs", "ours")
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    found = ratio(row.seconds, "theirs", "ours")
+    return f"{found.median:.2f} ({found.low:.2f} to {found.high:.2f})"
 
 
 def bound_cells(row: Row) -> list[str]:
@@ -229,24 +190,10 @@ def _cell(text: str) -> str:
 # ---- the run ------------------------------------------------------------------------------------
 
 
-def environment() -> dict[str, str]:
-    """Return what the figures depend on beside the code that is timed."""
+def peer_versions() -> dict[str, str]:
+    """Return the peers' versions, and those of what they stand on."""
     peers = [peer for section in SECTIONS for peer in section.peers]
-    return {
-        "cpu": _cpu_model(),
-        "simd": cpu.simd_levels()[1],
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "wcmi_fast": wcmi_fast.__version__,
-        "torch": torch.__version__,
-        **{name: _version(name) for name in (*peers, "eagerpy", "numpy")},
-    }
-
-
-def _cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.machine())
+    return {name: _version(name) for name in (*peers, "eagerpy")}
 
 
 def _version(distribution: str) -> str:
@@ -256,37 +203,34 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
-def command(argv: Sequence[str]) -> str:
-    """Return the command line of this run, with the variable that decides its figures."""
-    threads = os.environ.get("OMP_NUM_THREADS")
-    variables = [f"OMP_NUM_THREADS={threads}"] if threads else []
-    return shlex.join([*variables, "python", "benchmarks/peers.py", *argv])
-
-
 def as_markdown(
-    results: Sequence[tuple[Section, list[Row]]], found: Mapping[str, str], line: str, rounds: int
+    results: Sequence[tuple[Section, list[Row]]], where: Environment, rounds: int
 ) -> str:
     """Return the section that goes into docs/benchmarks.md."""
-    machine = ", ".join(f"{name} {value}" for name, value in found.items())
+    versions = ", ".join(f"{k} {v}" for k, v in (where.versions | peer_versions()).items())
     head = f"""\
-## Peers, side by side
+{HEADING}
 
-`{line}`
+`{where.command}`
 
-{machine}.
+{where.cpu}, {where.simd}, {where.threads} thread(s), {where.blas}; {versions}.
 
 Values are compared before anything is timed: each program in float64 and float32 with its own
 definition in float64, the larger error counted in roundings of the dtype; the nats shown are
 float64's. Times are float32, forward and backward to all inputs, medians of {rounds} interleaved
-rounds; theirs / ours is the median of the rounds' ratios (lowest to highest), above 1 where ours is
-faster.
+rounds; theirs / ours is the median of the rounds' ratios (with its 95 % interval), above 1 where
+ours is faster.
 """
     return "\n".join([head, *(markdown_table(section, rows) for section, rows in results)])
 
 
-def as_json(
-    results: Sequence[tuple[Section, list[Row]]], found: Mapping[str, str], line: str
-) -> str:
+def put_section(file: Path, section: str) -> None:
+    """Write the section in place of the one that the file ends with, or at its end."""
+    before = file.read_text().partition(HEADING)[0] if file.exists() else ""
+    write_file(file, before + section)
+
+
+def as_json(results: Sequence[tuple[Section, list[Row]]], where: Environment) -> str:
     """Return everything measured; times are seconds, an attack's per step."""
     rows = [
         {
@@ -305,7 +249,8 @@ def as_json(
         for section, rows in results
         for row in rows
     ]
-    return json.dumps({"command": line, "environment": found, "rows": rows}, indent=1) + "\n"
+    found = {**msgspec.to_builtins(where), "peers": peer_versions()}
+    return json.dumps({"environment": found, "rows": rows}, indent=1) + "\n"
 
 
 def parsed(argv: Sequence[str]) -> argparse.Namespace:
@@ -345,14 +290,14 @@ def main(argv: Sequence[str]) -> int:
     rows = list(itertools.chain.from_iterable(rows for _, rows in results))
     for row in rows:
         time_row(row, arguments.rounds)
-    found, line = environment(), command(argv)
+    where = environment()
     for section, section_rows in results:
         console.print(rich_table(section, section_rows))
-    console.print(found)
+    console.print(where)
     if arguments.json:
-        arguments.json.write_text(as_json(results, found, line))
+        write_file(arguments.json, as_json(results, where))
     if arguments.markdown:
-        arguments.markdown.write_text(as_markdown(results, found, line, arguments.rounds))
+        put_section(arguments.markdown, as_markdown(results, where, arguments.rounds))
     return int(any(row.mismatch for row in rows))
 
 

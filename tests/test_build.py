@@ -140,7 +140,7 @@ def instructions_beyond_baseline(path: Path) -> list[str]:
     return found
 
 
-OPERATORS = ("critic_stats", "linf_step", "linf_start", "l2_step", "keep_best")
+OPERATORS = ("critic_stats", "critic_tail", "linf_step", "linf_start", "l2_step", "keep_best")
 BASE_OBJECTS = (*(f"{operator}_base" for operator in OPERATORS), "bind_cpu", "simd_level")
 
 

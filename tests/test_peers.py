@@ -145,27 +145,10 @@ def test_another_bound_in_place_of_ours_is_a_mismatch(
 # ---- the program --------------------------------------------------------------------------------
 
 
-def test_a_row_has_the_median_of_its_rounds_ratios() -> None:
+def test_a_row_has_the_times_beyond_the_gradients_and_the_ratio_of_medians() -> None:
     row = peers.Row("peer", seconds={"ours": [1.0, 2.0, 4.0], "theirs": [3.0, 4.0, 4.0]})
-    assert row.ratio("theirs", "ours") == (2.0, 1.0, 3.0)
     assert row.beyond("theirs", "ours") == 2.0
-
-
-def test_interleaved_rotates_and_divides_by_the_calls() -> None:
-    now, ran = 0.0, []
-
-    def variant(name: str, seconds: float) -> Callable[[], None]:
-        def call() -> None:
-            nonlocal now
-            now += seconds
-            ran.append(name)
-
-        return call
-
-    variants = {"slow": variant("slow", 2.0), "fast": variant("fast", 0.5)}
-    times = peers.interleaved(variants, rounds=2, min_sample_s=1.0, clock=lambda: now)
-    assert times == {"slow": [2.0, 2.0], "fast": [0.5, 0.5]}
-    assert ran[-6:] == ["slow", "fast", "fast", "fast", "fast", "slow"]
+    assert peers.times_as_fast(row) == "2.00 (1.00 to 3.00)"
 
 
 def test_times_are_per_step() -> None:
@@ -253,18 +236,19 @@ def test_peer_errors_keep_their_words() -> None:
         raise KeyError("x")
 
 
+def test_a_section_takes_the_place_of_the_last(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"# Page\n\nText.\n\n{peers.HEADING}\n\nold\n")
+    peers.put_section(page, f"{peers.HEADING}\n\nnew\n")
+    assert page.read_text() == f"# Page\n\nText.\n\n{peers.HEADING}\n\nnew\n"
+
+
 def test_cells_do_not_break_the_markdown_table() -> None:
     row = peers.Row("peer", not_run="a | b\nc")
     for section in peers.SECTIONS:
         table = peers.markdown_table(section, [row]).splitlines()
         assert table[-1].replace("\\|", "").count("|") == len(section.columns) + 1
         assert "a \\| b c" in table[-1]
-
-
-def test_the_command_names_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    line = peers.command(["--markdown", "a b.md"])
-    assert line == "OMP_NUM_THREADS=1 python benchmarks/peers.py --markdown 'a b.md'"
 
 
 @pytest.mark.parametrize("arguments", [["--threads", "0"], ["--rounds", "x"]])
