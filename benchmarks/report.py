@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import matplotlib as mpl
 import tyro
@@ -19,6 +20,7 @@ from wcmi_fast.files import write_file
 # Ten colours that the colour-blind tell apart; a variant keeps its own in every plot.
 COLOURS = [to_hex(colour) for colour in mpl.color_sequences["petroff10"]]
 MIB = 1 << 20
+Name = TypeVar("Name", str, int)
 
 
 def slug(text: str) -> str:
@@ -45,7 +47,7 @@ def markdown_table(header: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def union(groups: Iterable[Iterable[str]]) -> list[str]:
+def union(groups: Iterable[Iterable[Name]]) -> list[Name]:
     """Return all names, each once, in the order in which they first come."""
     return list(dict.fromkeys(name for group in groups for name in group))
 
@@ -83,6 +85,37 @@ def memory_cell(record: Record, variant: str) -> str:
     if variant != "ours" or limit is None:
         return text
     return f"{text}, ≤ {limit / MIB:g} **{verdict(peak <= limit)}**"
+
+
+def targets(record: Record) -> dict[str, tuple[str, bool]]:
+    """Return a case's figures that have a target, each with whether it is reached."""
+    found = {
+        name: (ratio_cell(ratio), ratio.met)
+        for name, ratio in record.ratios.items()
+        if ratio.target is not None
+    }
+    if record.peak_target is not None and "ours" in record.peak_bytes:
+        met = record.peak_bytes["ours"] <= record.peak_target
+        found["extra memory, MiB"] = (memory_cell(record, "ours"), met)
+    return found
+
+
+def target_table(records: list[Record]) -> str:
+    """Return every figure that has a target: a row for a case and a ratio, a column for threads."""
+    cells: dict[tuple[str, str], dict[int, str]] = {}
+    verdicts = []
+    for record in records:
+        threads = record.environment.threads
+        for name, (text, met) in targets(record).items():
+            row = (record.name.removesuffix(f" threads={threads}"), name)
+            cells.setdefault(row, {})[threads] = text
+            verdicts.append(met)
+    counts = sorted(union(cells.values()))
+    table = markdown_table(
+        ["case", "figure", *(f"{count} thread{'s' * (count > 1)}" for count in counts)],
+        ([*row, *(by.get(count, "") for count in counts)] for row, by in cells.items()),
+    )
+    return f"{sum(verdicts)} of {len(verdicts)} figures reach their target.\n\n{table}"
 
 
 def op_tables(records: list[Record]) -> str:
@@ -233,6 +266,8 @@ def write(run: Run, source: Path, out: Path) -> Path:
         "Ratios are of times in the same round: the median over rounds and its 95 % interval. "
         "The median is what meets or misses a target.",
     ]
+    if any(targets(record) for record in run.records):
+        sections += ["## Targets", target_table(run.records)]
     for op, records in by_op(run.records).items():
         sections += [f"## {op}", op_tables(records)]
         for name, figure in plots(records).items():

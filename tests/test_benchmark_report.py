@@ -40,7 +40,12 @@ RECORDS = [
         },
     ),
     dv(128, ratios={"vs_eager": ratio(2.0, better="higher")}),
-    dv(128, threads=2, date="2026-01-02T04:00:00+00:00"),
+    dv(
+        128,
+        threads=2,
+        date="2026-01-02T04:00:00+00:00",
+        ratios={"vs_floor": ratio(1.2, target=1.25)},
+    ),
     record("linf_step", seconds={"ours": 2e-6}, gb_per_s={"ours": 12.345}),
 ]
 
@@ -72,6 +77,21 @@ def test_targets_are_judged(page: Path) -> None:
     row(page, case, "ours", "65.5 ms", "40.0", "", "32.0, ≤ 64 **met**")
     row(page, case, "authors", "262 ms", "10.0", "", "1024")
     row(page, "N=128 threads=1", "ours", "2.00 µs", "", "12.3", "")
+
+
+def test_targets_stand_together(page: Path) -> None:
+    row(page, "case", "figure", "1 thread", "2 threads")
+    case = "dv N=256 P=64"
+    row(page, case, "vs_floor", "1.30 (1.20 to 1.40), ≤ 1.25 **missed**", "")
+    row(page, case, "vs_authors", "4.00 (3.90 to 4.10), ≥ 3 **met**", "")
+    row(page, "dv N=128 P=64", "vs_floor", "", "1.20 (1.10 to 1.30), ≤ 1.25 **met**")
+    row(page, case, "extra memory, MiB", "32.0, ≤ 64 **met**", "")
+    assert "\n3 of 4 figures reach their target.\n" in page.read_text()
+
+
+def test_no_targets_no_table_of_them(tmp_path: Path) -> None:
+    path = write_run(tmp_path, dv(64))
+    assert "Targets" not in report.write(report.read(path, report.Run), path, tmp_path).read_text()
 
 
 def write_run(folder: Path, *records: dict[str, Any]) -> Path:

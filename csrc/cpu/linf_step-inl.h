@@ -18,16 +18,20 @@ static void linf_step_run(typename S::Element* x, const typename S::Element* gra
                           const typename S::Element* origin, int64_t count, typename S::Wide eps,
                           typename S::Wide step, typename S::Wide lo, typename S::Wide hi) {
   typedef typename S::Wide T;
+  // Torch rounds the step times the sign: 0 for a sign of 0, even if the step rounds to infinity.
+  const T rounded_step = rounded<S>(step);
   for (int64_t i = 0; i < count; ++i) {
     const T g = S::widen(grad[i]);
     const T start = S::widen(x[i]);
     const T centre = S::widen(origin[i]);
-    const T sign = static_cast<T>(g > 0) - static_cast<T>(g < 0);
-    // Rounded after the product: a step beyond the type's range times a sign of 0 is 0, not NaN.
-    T moved = rounded<S>(start + rounded<S>(sign * step));
-    moved = at_least(moved, rounded<S>(centre - eps));
-    moved = at_most(moved, rounded<S>(centre + eps));
+    const T up = g > 0 ? rounded_step : 0;
+    const T down = g < 0 ? rounded_step : 0;
+    const T low = rounded<S>(centre - eps);
+    const T high = rounded<S>(centre + eps);
+    T moved = at_most(at_least(rounded<S>(start + (up - down)), low), high);
     moved = at_most(at_least(moved, lo), hi);
+    // NaN where torch's bounds are: one test here costs less than one at each bound.
+    moved = __builtin_isunordered(low, high) ? low + high : moved;
     x[i] = g == g ? S::narrow(moved) : x[i];
   }
 }

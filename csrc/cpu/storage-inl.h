@@ -74,13 +74,13 @@ static inline typename S::Wide rounded(typename S::Wide x) {
   return S::widen(S::narrow(x));
 }
 
-// Maximum and minimum that keep a NaN of either side, and `x` when both are equal.
+// Maximum and minimum, one instruction each: a NaN x stays, a NaN bound counts as none.
 template <typename T>
 static inline T at_least(T x, T bound) {
-  return x < bound || bound != bound ? bound : x;
+  return bound > x ? bound : x;
 }
 
 template <typename T>
 static inline T at_most(T x, T bound) {
-  return x > bound || bound != bound ? bound : x;
+  return bound < x ? bound : x;
 }

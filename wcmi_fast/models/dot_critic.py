@@ -137,6 +137,7 @@ class FrozenCritic:
             centred -= centred.mean(dim=0)
             self._k = pad(centred, (0, tail_width(centred.shape[1] - 1) - centred.shape[1]))
             self._factor = _triangular_blocks(self._k)
+            self._hidden = torch.cat([self._w1, self._b1[:, None]], dim=1)
 
     def __call__(self, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map representations g (N, D) and images x (N, C, H, W) to z (N, F) and h (N, P, F).
@@ -185,7 +186,7 @@ class FrozenCritic:
         if self._k is None:
             weights = (self._w1, self._b1, self._w2, self._b2, self._shortcut)
             return critic_tail(rows, *weights, eps=self._norm.eps)
-        h: Tensor = _FrozenBlock.apply(rows, self._w1, self._b1, self._factor, self._norm.eps)
+        h: Tensor = _FrozenBlock.apply(rows, self._hidden, self._factor, self._norm.eps)
         return h
 
     def _check_fresh(self) -> None:
@@ -203,26 +204,25 @@ class _FrozenBlock(torch.autograd.Function):
     def forward(
         ctx: Any,
         rows: Tensor,
-        w1: Tensor,
-        b1: Tensor,
+        hidden: Tensor,
         factor: list[tuple[int, Tensor]],
         eps: float,
     ) -> Tensor:
-        width, units = factor[0][1].shape[1], len(w1)
+        width, units = factor[0][1].shape[1], len(hidden)
         features = empty((len(rows), width + 16), rows)
         projected = empty((len(rows) if ctx.needs_input_grad[0] else 0, units), rows)
         rstd = rows.new_empty(len(rows))
         with _plain_products(rows):
             for part in _blocks(len(rows)):
                 y = features[part][:, :width]
-                _hidden_and_input(y, rows[part], w1, b1)
+                _hidden_and_input(y, rows[part], hidden)
                 squares = _project(y, factor, projected[part] if len(projected) else None)
                 torch.rsqrt(squares / units + eps, out=rstd[part])
                 y *= rstd[part][:, None]
                 features[part][:, width:] = 0
                 features[part][:, width] = 1
         ctx.factor, ctx.units = factor, units
-        ctx.save_for_backward(features, projected, rstd, w1)
+        ctx.save_for_backward(features, projected, rstd, hidden)
         return features
 
     @staticmethod
@@ -231,9 +231,9 @@ class _FrozenBlock(torch.autograd.Function):
             raise RuntimeError(
                 "FrozenCritic has no second derivative (create_graph=True), wanted DotCritic"
             )
-        features, projected, rstd, w1 = ctx.saved_tensors
+        features, projected, rstd, hidden = ctx.saved_tensors
         factor, units = ctx.factor, ctx.units
-        width, inputs = factor[0][1].shape[1], w1.shape[1]
+        width, inputs = factor[0][1].shape[1], hidden.shape[1] - 1
         drows = rstd.new_empty((len(rstd), inputs))
         with _plain_products(features):
             for part in _blocks(len(rstd)):
@@ -247,9 +247,9 @@ class _FrozenBlock(torch.autograd.Function):
                     dy[:, first:].addmm_(q * slope, block[:, first:])
                 dhidden = dy[:, :units]
                 torch.ops.aten.threshold_backward(dhidden, y[:, :units], 0, grad_input=dhidden)
-                torch.mm(dhidden, w1, out=drows[part])
+                torch.mm(dhidden, hidden[:, :inputs], out=drows[part])
                 drows[part] += dy[:, units : units + inputs]
-        return drows, None, None, None, None
+        return drows, None, None, None
 
 
 # ---- parts --------------------------------------------------------------------------------------
@@ -344,15 +344,15 @@ def _triangular_blocks(k: Tensor) -> list[tuple[int, Tensor]]:
     return [(first, r[first : first + FACTOR_BLOCK]) for first in range(0, len(r), FACTOR_BLOCK)]
 
 
-def _hidden_and_input(y: Tensor, rows: Tensor, w1: Tensor, b1: Tensor) -> None:
-    """Write y = [relu(w1 v + b1), v, 1, 0, ...] for rows v."""
-    units, inputs = w1.shape
-    hidden = y[:, :units]
-    torch.addmm(b1, rows, w1.t(), out=hidden)
-    hidden.relu_()
+def _hidden_and_input(y: Tensor, rows: Tensor, hidden: Tensor) -> None:
+    """Write y = [relu(W1 v + b1), v, 1, 0, ...] for rows v; hidden = [W1, b1]."""
+    units, inputs = len(hidden), rows.shape[1]
     y[:, units : units + inputs] = rows
     y[:, units + inputs :] = 0
     y[:, units + inputs] = 1
+    first = y[:, :units]
+    torch.mm(y[:, units : units + inputs + 1], hidden.t(), out=first)
+    first.relu_()
 
 
 def _project(y: Tensor, factor: list[tuple[int, Tensor]], keep: Tensor | None) -> Tensor:
