@@ -90,7 +90,7 @@ def forward_backward(
     z.requires_grad_()
     h.requires_grad_(leaves == 2)
     points = [z, h][:leaves]
-    ours, plain = partial(getattr(functional, name)), partial(eager, name)
+    ours, plain = getattr(functional, name), partial(eager, name)
     recomputed = n * n * p * 4 > functional.bounds.KEPT_SCORES_BYTES
     products = 1 + leaves + recomputed
 
@@ -205,6 +205,16 @@ def bench_scores_that_do_not_fit(benchmark: Any, threads: int) -> None:
     results = 4 * (n * u + n * p * u)
     case = forward_backward(
         "dv", (n, p, u), 2, 1.4, memory=("ours",), peak_target=(64 << 20) + results, rounds=5
+    )  # fmt: skip
+    measure(benchmark, case, threads)
+
+
+@both_threads
+@pytest.mark.parametrize("n", [64, 256, 1024])
+def bench_against_n(benchmark: Any, n: int, threads: int) -> None:
+    """The same at smaller N, where plain torch can store T."""
+    case = forward_backward(
+        "dv", (n, 64, 128), 2, None, memory=("ours", "eager"), rounds=5 if n == 1024 else 9
     )  # fmt: skip
     measure(benchmark, case, threads)
 

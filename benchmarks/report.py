@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -255,22 +256,34 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def write(run: Run, source: Path, out: Path) -> Path:
+def merged(runs: list[Run]) -> tuple[str, list[Record]]:
+    """Return the runs' machine and their cases, of which later runs replace earlier ones'.
+
+    Raises:
+        ValueError: the runs are of several machines.
+    """
+    machine, *others = union([run.machine_info.cpu.brand_raw] for run in runs)
+    if others:
+        raise ValueError(f"the runs are of {machine} and {others[0]}, wanted one machine")
+    return machine, list({record.name: record for run in runs for record in run.records}.values())
+
+
+def write(runs: list[Run], command: str, out: Path) -> Path:
     """Write <machine>.md and its plots into `out`; return the page."""
+    machine, records = merged(runs)
     out.mkdir(parents=True, exist_ok=True)
-    machine = run.machine_info.cpu.brand_raw
     sections = [
         f"# Benchmarks on {machine}",
-        f"Written by `python benchmarks/report.py {source.name}`; the figures:",
-        provenance(run.records),
+        f"Written by `{command}`; the figures:",
+        provenance(records),
         "Ratios are of times in the same round: the median over rounds and its 95 % interval. "
         "The median is what meets or misses a target.",
     ]
-    if any(targets(record) for record in run.records):
-        sections += ["## Targets", target_table(run.records)]
-    for op, records in by_op(run.records).items():
-        sections += [f"## {op}", op_tables(records)]
-        for name, figure in plots(records).items():
+    if any(targets(record) for record in records):
+        sections += ["## Targets", target_table(records)]
+    for op, cases in by_op(records).items():
+        sections += [f"## {op}", op_tables(cases)]
+        for name, figure in plots(cases).items():
             path = out / f"{slug(machine)}-{name}.png"
             write_file(path, png(figure))
             sections.append(f"![{name}]({path.name})")
@@ -280,16 +293,18 @@ def write(run: Run, source: Path, out: Path) -> Path:
 
 
 def main(
-    run: tyro.conf.Positional[Path], /, *, out: Path = Path(__file__).parent / "results"
+    runs: tyro.conf.Positional[list[Path]], /, *, out: Path = Path(__file__).parent / "results"
 ) -> int:
-    """Write tables and plots of one run; return 2 if its file is wrong.
+    """Write tables and plots of a machine's runs; return 2 if a file is wrong.
 
     Args:
-        run: pytest-benchmark's JSON.
+        runs: pytest-benchmark's JSON; a later file's cases replace those of an earlier one.
         out: the folder to write into.
     """
+    command = shlex.join(["python", "benchmarks/report.py", *(run.name for run in runs)])
     try:
-        Console().print(str(write(read(run, Run), run, out)), soft_wrap=True)
+        page = write([read(run, Run) for run in runs], command, out)
+        Console().print(str(page), soft_wrap=True)
         return 0
     except (ValueError, OSError) as error:
         Console(stderr=True).print(f"report: {error}", markup=False, soft_wrap=True)

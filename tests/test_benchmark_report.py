@@ -54,7 +54,7 @@ RECORDS = [
 def page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     path = tmp_path / "run.json"
     path.write_text(json.dumps(run(RECORDS)))
-    assert report.main(path, out=tmp_path / "results") == 0
+    assert report.main([path], out=tmp_path / "results") == 0
     (found,) = (tmp_path / "results").glob("*.md")
     assert capsys.readouterr().out.strip() == str(found)
     return found
@@ -90,8 +90,30 @@ def test_targets_stand_together(page: Path) -> None:
 
 
 def test_no_targets_no_table_of_them(tmp_path: Path) -> None:
-    path = write_run(tmp_path, dv(64))
-    assert "Targets" not in report.write(report.read(path, report.Run), path, tmp_path).read_text()
+    runs = [report.read(write_run(tmp_path, dv(64)), report.Run)]
+    assert "Targets" not in report.write(runs, "command", tmp_path).read_text()
+
+
+def test_a_later_run_replaces_a_case_in_its_place(tmp_path: Path) -> None:
+    first, later = tmp_path / "first.json", tmp_path / "later.json"
+    first.write_text(json.dumps(run([dv(64), dv(128)])))
+    later.write_text(json.dumps(run([dv(64, peak_bytes={"ours": MIB}), dv(256)])))
+    _, records = report.merged([report.read(path, report.Run) for path in (first, later)])
+    assert [record.case["N"] for record in records] == [64, 128, 256]
+    assert records[0].peak_bytes == {"ours": MIB}
+    assert report.main([first, later], out=tmp_path) == 0
+    page = (tmp_path / "test-r-cpu-2-50ghz.md").read_text()
+    assert "`python benchmarks/report.py first.json later.json`" in page
+
+
+def test_runs_of_two_machines_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, other = write_run(tmp_path, dv(64)), tmp_path / "other.json"
+    other.write_text(path.read_text().replace("Test(R) CPU @ 2.50GHz", "Another"))
+    assert report.main([path, other], out=tmp_path / "results") == 2
+    assert "Another, wanted one machine" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
 
 
 def write_run(folder: Path, *records: dict[str, Any]) -> Path:
@@ -150,6 +172,6 @@ def test_duration(seconds: float, text: str) -> None:
 
 def test_a_bad_file_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_run(tmp_path, record("dv") | {"seconds": {"ours": -1.0}})
-    assert report.main(path, out=tmp_path / "results") == 2
+    assert report.main([path], out=tmp_path / "results") == 2
     assert capsys.readouterr().err.startswith(f"report: {path} is not a file of benchmarks: ")
     assert not (tmp_path / "results").exists()
