@@ -208,7 +208,7 @@ def growth_plot(title: str, records: list[Record], colour: dict[str, str]) -> Fi
         axes.set(xscale="log", yscale="log", xlabel="N", ylabel=label)
         axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
         axes.minorticks_off()
-        axes.legend()
+        axes.legend(loc="upper left")
     return figure
 
 
@@ -222,7 +222,8 @@ def speed_up_plot(op: str, records: list[Record]) -> Figure | None:
     ]
     if not bars:
         return None
-    figure = Figure(figsize=(8, 1 + 0.35 * len(bars)), layout="constrained")
+    figure = Figure(figsize=(11, 1.2 + 0.3 * len(bars)), layout="constrained")
+    figure.suptitle(f"{op}: times faster, with the 95 % interval; thick lines are targets")
     axes = figure.subplots()
     for place, (_, ratio) in enumerate(bars):
         error = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
@@ -230,9 +231,8 @@ def speed_up_plot(op: str, records: list[Record]) -> Figure | None:
         if ratio.target is not None:
             axes.vlines(ratio.target, place - 0.45, place + 0.45, color=COLOURS[1], linewidth=3)
     axes.axvline(1, color="0.5", linewidth=1)
-    axes.set(xlabel=f"{op}: times faster, with the 95 % interval; thick lines are targets")
-    axes.set_yticks(range(len(bars)), [label for label, _ in bars])
-    axes.invert_yaxis()
+    axes.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize="small")
+    axes.set_ylim(len(bars) - 0.4, -0.6)
     return figure
 
 

@@ -18,6 +18,10 @@ static constexpr int64_t kChunk = 512;  // elements that are computed before the
 
 typedef double LaneSums __attribute__((vector_size(kLanes * sizeof(double))));
 
+static inline void scale_chunk(double scale, int64_t count, double* chunk) {
+  for (int64_t i = 0; i < count; ++i) chunk[i] *= scale;
+}
+
 // What runs over a row does so in chunks: `fill(at, count, out)` writes elements at, at + 1, ...
 template <typename Fill>
 static inline double sum_of_squares(int64_t size, double scale, Fill fill) {
@@ -26,7 +30,7 @@ static inline double sum_of_squares(int64_t size, double scale, Fill fill) {
     double chunk[kChunk];
     const int64_t count = size - at < kChunk ? size - at : kChunk;
     fill(at, count, chunk);
-    for (int64_t i = 0; i < count; ++i) chunk[i] *= scale;
+    if (scale != 1) scale_chunk(scale, count, chunk);
     for (int64_t i = count; i % kLanes != 0; ++i) chunk[i] = 0;
     for (int64_t i = 0; i < count; i += kLanes) {
       LaneSums part;
@@ -73,13 +77,17 @@ static inline Norm norm_of(int64_t size, Fill fill) {
 }
 
 // v <- start + length v / |v|, element by element of a chunk.
-static inline void along(const double* start, double length, const Norm& norm, int64_t count,
-                         double* v) {
+template <typename S>
+static inline void along(const typename S::Element* start, double length, const Norm& norm,
+                         int64_t count, double* v) {
   if (norm.infinite) {
     for (int64_t i = 0; i < count; ++i) v[i] = sign_if_infinite(v[i]);
+  } else if (norm.scale != 1) {
+    scale_chunk(norm.scale, count, v);
   }
-  const double scale = norm.infinite ? 1 : norm.scale;
-  for (int64_t i = 0; i < count; ++i) v[i] = start[i] + length * (v[i] * scale * norm.inverse);
+  for (int64_t i = 0; i < count; ++i) {
+    v[i] = static_cast<double>(S::widen(start[i])) + length * (v[i] * norm.inverse);
+  }
 }
 
 template <typename S>
@@ -112,26 +120,20 @@ static void l2_step_row(typename S::Element* x, const typename S::Element* grad,
   const Norm of_grad = norm_of(size, gradient);
   if (of_grad.norm != of_grad.norm) return;
   const auto moved = [=](int64_t at, int64_t count, double* out) {
-    double start[kChunk];
-    widen_chunk<S>(x + at, count, start);
     gradient(at, count, out);
-    along(start, step_size, of_grad, count, out);
+    along<S>(x + at, step_size, of_grad, count, out);
   };
   const auto offset = [=](int64_t at, int64_t count, double* out) {
-    double centre[kChunk];
-    widen_chunk<S>(origin + at, count, centre);
     moved(at, count, out);
-    for (int64_t i = 0; i < count; ++i) out[i] -= centre[i];
+    for (int64_t i = 0; i < count; ++i) out[i] -= static_cast<double>(S::widen(origin[at + i]));
   };
   const Norm of_offset = norm_of(size, offset);
   if (of_offset.norm <= eps) {
     return write_clipped<S>(x, size, lo, hi, moved);
   }
   write_clipped<S>(x, size, lo, hi, [=](int64_t at, int64_t count, double* out) {
-    double centre[kChunk];
-    widen_chunk<S>(origin + at, count, centre);
     offset(at, count, out);
-    along(centre, eps, of_offset, count, out);
+    along<S>(origin + at, eps, of_offset, count, out);
   });
 }
 
