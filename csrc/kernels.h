@@ -8,45 +8,94 @@ namespace wcmi {
 
 enum DType { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
-// critic_stats -- reductions over tiles of the score matrix T. A tile holds the scores of `images`
-// consecutive images, `first` being the first, at all P locations against all N representations:
-// row r = (j - first) * P + p, column i, so that tile[r * N + i] = T[i, j, p] = <z[i], h[j, p]>.
-// Rows are reduced one by one, in a fixed order: results do not depend on `threads`.
-//
-// critic_stats_fwd: positives[j, p] = T[j, j, p]; row_max and row_sum [j, p] = the maximum m over
-//   i != j and the sum of exp(T[i, j, p] - m) over i != j. The outputs are whole (N, P) arrays, of
-//   which the tile's images are written. The tile's diagonal is overwritten with -inf.
-// critic_stats_lse: lse[p] = log(sum over j of row_sum[j, p] exp(row_max[j, p])), plus, with
-//   zero_diagonal, N terms exp(0): the authors' multiplicative mask.
-// critic_stats_bwd: grad[r, i] = dlse[p] exp(tile[r, i] - lse[p]) for i != j, dpositives[j, p] for
-//   i == j. `grad` may be `tile`.
-//
+// critic_stats -- reductions over tiles of the score matrix T. A tile holds the scores of `rows`
+// representations, the first being `first_row`, against `images` images, the first being
+// `first_image`, at all P locations: scores[r * images * P + (j - first_image) * P + p] is
+// T[first_row + r, j, p] = <z[i], h[j, p]>. Each row is reduced by one thread in a fixed order:
+// results do not depend on `threads`.
+template <typename T>
+struct CriticStatsTile {
+  const T* scores;
+  int64_t first_row, rows, first_image, images, P;
+};
+
+// Statistics of T, or gradients of them, each (N, P) and over the images j != i; null where not
+// asked for. lse: log-sum-exp of T[i, j, p]; clamped_lse: the same of T clamped to [-tau, tau],
+// without gradient; softplus, sum: of softplus(T) and T; square: of (|T| + 1)^2 / 2. positives:
+// T[i, i, p]. row_max: the running maximum.
+template <typename T>
+struct CriticStatsArrays {
+  T *positives, *row_max, *lse, *softplus, *clamped_lse, *sum, *square;
+};
+
+// fwd: adds a tile to the arrays, or writes them where first_image is 0. The log-sum-exps hold sums
+//   relative to row_max until they are finished.
+// finish: turns the first `count` entries of both log-sum-exps into what they are named.
+// bwd: grad = the gradient of the tile's scores, for the gradients `d` of the statistics; `lse` may
+//   be null where d.lse is.
+// workspace: critic_stats_workspace(P) elements for each thread.
+// dv_value: value = mean(positives) - mean over p of L[p] + log(N (N - 1)), where L is the
+//   log-sum-exp of lse (N, P) over i, with zero_diagonal of N zeros more; dlse = the gradient.
+template <typename T>
+struct CriticStatsKernels {
+  void (*fwd)(const CriticStatsTile<T>& tile, const CriticStatsArrays<T>& out, double tau,
+              T* workspace, int threads);
+  void (*finish)(const CriticStatsArrays<T>& out, int64_t count, double tau, int threads);
+  void (*dv_value)(const T* positives, const T* lse, int64_t N, int64_t P, bool zero_diagonal,
+                   T* value, T* dlse);
+  void (*bwd)(const CriticStatsTile<T>& tile, const T* lse, const CriticStatsArrays<T>& d, T* grad,
+              T* workspace, int threads);
+};
+static constexpr int64_t critic_stats_workspace(int64_t P) { return 6 * (P + 96); }
+
+// critic_tail -- the layer normalisation, without scale and shift, at the end of the critic's 1x1
+// block, on `count` rows of U columns that lie `stride` apart.
+// fwd: row <- (v - mean(v)) * rstd for v = row + bias, and rstd = 1 / sqrt(var(v) + eps); columns
+//   from U to `stride` become 1, 0, 0, ...: a product with features finds its constant there.
+// bwd: out (count, U) = the gradient of v, for the gradient `d` of the rows that fwd made.
+template <typename T>
+struct CriticTailKernels {
+  void (*fwd)(T* rows, int64_t stride, int64_t count, int64_t U, const T* bias, double eps, T* rstd,
+              int threads);
+  void (*bwd)(const T* d, const T* rows, int64_t stride, int64_t count, int64_t U, const T* rstd,
+              T* out, int threads);
+};
+
 // linf_step -- x <- clip(clip(x + step_size sgn(grad), origin - eps, origin + eps), lo, hi), each
 //   operation rounded to the storage type as torch rounds it. A pixel whose grad is NaN is left.
+// linf_start -- x <- clip(origin + eps u, lo, hi), computed in float, or double for double, then
+//   rounded. u is uniform in [-1, 1): for element i the upper 24
+//   bits of word i % 4 of Philox4x32-10 with counter i / 4 and key `seed`. x may be origin.
+// l2_step -- for each of `rows` rows of `size` elements: x <- x + step_size grad / |grad|, put on
+//   the ball of radius eps around origin where it is outside, then clipped to [lo, hi]. A row of
+//   zero gradients does not move, one with a NaN is left. Each row is reduced by one thread in a
+//   fixed order: results do not depend on `threads` or the level.
+// keep_best -- for each of `rows` rows of `row_bytes` bytes whose value is greater than best_value,
+//   or is a number where best_value is NaN: best_x <- x, best_value <- value.
 struct CpuKernels {
-  void (*critic_stats_fwd_f32)(float* tile, int64_t first, int64_t images, int64_t N, int64_t P,
-                               float* positives, float* row_max, float* row_sum, int threads);
-  void (*critic_stats_fwd_f64)(double* tile, int64_t first, int64_t images, int64_t N, int64_t P,
-                               double* positives, double* row_max, double* row_sum, int threads);
-  void (*critic_stats_lse_f32)(const float* row_max, const float* row_sum, int64_t N, int64_t P,
-                               int zero_diagonal, float* lse);
-  void (*critic_stats_lse_f64)(const double* row_max, const double* row_sum, int64_t N, int64_t P,
-                               int zero_diagonal, double* lse);
-  void (*critic_stats_bwd_f32)(const float* tile, int64_t first, int64_t images, int64_t N,
-                               int64_t P, const float* lse, const float* dpositives,
-                               const float* dlse, float* grad, int threads);
-  void (*critic_stats_bwd_f64)(const double* tile, int64_t first, int64_t images, int64_t N,
-                               int64_t P, const double* lse, const double* dpositives,
-                               const double* dlse, double* grad, int threads);
+  CriticStatsKernels<float> critic_stats_f32;
+  CriticStatsKernels<double> critic_stats_f64;
+  CriticTailKernels<float> critic_tail_f32;
+  CriticTailKernels<double> critic_tail_f64;
   void (*linf_step)(void* x, const void* grad, const void* origin, int64_t count, int dtype,
                     double eps, double step_size, double lo, double hi, int threads);
+  void (*linf_start)(void* x, const void* origin, int64_t count, int dtype, double eps,
+                     int64_t seed, double lo, double hi, int threads);
+  void (*l2_step)(void* x, const void* grad, const void* origin, int64_t rows, int64_t size,
+                  int dtype, double eps, double step_size, double lo, double hi, int threads);
+  void (*keep_best)(void* best_x, void* best_value, const void* x, const void* value, int64_t rows,
+                    int64_t row_bytes, int value_dtype, int threads);
 };
 
 // One table per instruction set, filled by csrc/cpu/*_<level>.cpp.
 #define WCMI_DECLARE_LEVEL(LEVEL)              \
   namespace LEVEL {                            \
   void fill_critic_stats(CpuKernels* kernels); \
+  void fill_critic_tail(CpuKernels* kernels);  \
   void fill_linf_step(CpuKernels* kernels);    \
+  void fill_linf_start(CpuKernels* kernels);   \
+  void fill_l2_step(CpuKernels* kernels);      \
+  void fill_keep_best(CpuKernels* kernels);    \
   }
 WCMI_DECLARE_LEVEL(base)
 WCMI_DECLARE_LEVEL(avx2)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import plain_l2_step, plain_linf_start
 from torch import Tensor, nn
 
 from wcmi_fast.attacks import PGD, _starts_generator, frozen
@@ -255,10 +256,8 @@ class TestRandomStart:
 
     def test_is_uniform_in_the_ball_and_within_clip(self) -> None:
         x = images(50, 1, 8, 8)
-        generator = torch.Generator().manual_seed(5)
-        noise = torch.empty(x.shape).uniform_(
-            -0.25, 0.25, generator=torch.Generator().manual_seed(5)
-        )
+        generator, same = (torch.Generator().manual_seed(5) for _ in range(2))
+        key = int(torch.randint(2**63 - 1, (), generator=same))
         seen = []
 
         def loss_fn(v: Tensor) -> Tensor:
@@ -267,8 +266,11 @@ class TestRandomStart:
 
         start = self.attack.attack(loss_fn, x, generator=generator)
         assert torch.equal(start, seen[0])
-        assert torch.equal(start, (x + noise).clamp(x - 0.25, x + 0.25).clamp(0, 1))
-        assert noise.std().item() == pytest.approx(0.5 / math.sqrt(12), rel=0.02)
+        assert torch.equal(start, plain_linf_start(x, 0.25, key, (0, 1)))
+        assert torch.equal(generator.get_state(), same.get_state())
+        inside = (x > 0.25) & (x < 0.75)
+        noise = (start - x)[inside]
+        assert noise.std().item() == pytest.approx(0.5 / math.sqrt(12), rel=0.05)
 
     def test_is_the_same_at_every_call_without_a_generator(self) -> None:
         x = images(3, 1, 4, 4)
@@ -299,6 +301,130 @@ class TestRandomStart:
     def test_generator_on_another_device(self) -> None:
         with pytest.raises(ValueError, match="generator is on cpu, wanted cuda:0, the device of x"):
             _starts_generator(torch.Generator(), torch.device("cuda:0"))
+
+
+class TestL2:
+    """What differs where norm is "l2"."""
+
+    @staticmethod
+    def attack(**change: object) -> PGD:
+        return PGD(**{"norm": "l2", "eps": 0.5, "step_size": 0.2, "steps": 5, **change})  # type: ignore[arg-type]
+
+    @staticmethod
+    def flat(v: Tensor) -> Tensor:
+        return (0 * v).sum()
+
+    def test_a_linear_loss_reaches_the_point_of_the_ball_along_its_gradient(self) -> None:
+        x = 0.4 + 0.2 * images(4, 1, 8, 8)
+        w = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+        found = self.attack().attack(lambda v: (w * v).sum(), x)
+        norms = w.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        assert (found - (x + 0.5 * w / norms)).abs().max() < 1e-6
+
+    @pytest.mark.parametrize("coupled_loss", [False, True])
+    def test_equals_ten_lines_of_torch(self, coupled_loss: bool) -> None:
+        net = small_net().eval()
+        y = torch.arange(7) % 5
+        x, clip = images(7, 1, 6, 6).clamp(0.1, 0.8), (0.1, 0.8)
+
+        def loss_fn(v: Tensor) -> Tensor:
+            if coupled_loss:
+                return coupled(net(v))
+            return nn.functional.cross_entropy(net(v), y, reduction="none")
+
+        expected = x.clone()
+        for _ in range(6):
+            expected.requires_grad_()
+            (grad,) = torch.autograd.grad(loss_fn(expected).sum(), expected)
+            expected = plain_l2_step(expected.detach(), grad, x, 0.5, 0.2, clip)
+        found = self.attack(steps=6, clip=clip).attack(loss_fn, x, modules=[net])
+        assert (found - expected).abs().max() < 1e-5
+        assert loss_fn(found).sum() > loss_fn(x).sum()
+
+    @settings(max_examples=50, deadline=None)
+    @given(
+        eps=st.floats(1e-4, 10.0),
+        seed=st.integers(0, 10**6),
+        dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+        random_start=st.booleans(),
+        size=st.sampled_from([1, 3, 200, 1001]),
+    )
+    def test_stays_within_the_stated_bound(
+        self, eps: float, seed: int, dtype: torch.dtype, random_start: bool, size: int
+    ) -> None:
+        x = images(8, size, seed=seed, dtype=dtype)
+        w = images(8, size, seed=seed + 1, dtype=dtype) - 0.5
+        attack = self.attack(eps=eps, step_size=eps, steps=2, random_start=random_start)
+        x_adv = attack.attack(lambda v: (w * v).sum(), x)
+        distance = (x_adv.double() - x.double()).norm(dim=1).max().item()
+        assert distance <= eps + size**0.5 * torch.finfo(dtype).eps / 2
+        assert x_adv.min() >= 0
+        assert x_adv.max() <= 1
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("size", [1, 2, 12])
+    def test_the_random_start_is_uniform_in_the_ball(self, size: int, dtype: torch.dtype) -> None:
+        x = torch.full((20_000, size), 0.5, dtype=dtype)
+        attack = self.attack(eps=0.25, steps=1, random_start=True)
+        noise = (attack.attack(self.flat, x).double() - 0.5) / 0.25
+        radii = noise.norm(dim=1)
+        assert radii.max() <= 1 + 4 * torch.finfo(dtype).eps
+        # The D-th power of the radius is uniform: its mean within 5 standard deviations; bfloat16
+        # is coarse. Directions balance.
+        rounding = 0.02 if dtype == torch.bfloat16 else 0
+        bound = 5 / math.sqrt(12 * 20_000) + rounding
+        assert (radii**size).mean().item() == pytest.approx(0.5, abs=bound)
+        assert (radii**size < 0.1).double().mean().item() == pytest.approx(
+            0.1, abs=0.011 + rounding
+        )
+        assert (noise > 0).double().mean(0).sub(0.5).abs().max() < 0.02
+        assert noise.square().mean(0).mul(size + 2).sub(1).abs().max() < 0.06
+
+    def test_the_random_start_is_clipped(self) -> None:
+        x = images(50, 64)
+        seen = []
+
+        def loss_fn(v: Tensor) -> Tensor:
+            seen.append(v.detach().clone())
+            return self.flat(v)
+
+        self.attack(eps=3.0, steps=1, random_start=True).attack(loss_fn, x)
+        (start,) = seen  # before a step could clip it
+        assert start.min() == 0
+        assert start.max() == 1
+        assert ((start - x).norm(dim=1) <= 3.0).all()
+
+    def test_the_random_start_follows_the_generator(self) -> None:
+        x = images(6, 2, 4, 4)
+        attack = self.attack(steps=1, random_start=True)
+        generator = torch.Generator().manual_seed(0)
+        first = attack.attack(self.flat, x, generator=generator)
+        assert torch.equal(attack.attack(self.flat, x), first)
+        second = attack.attack(self.flat, x, generator=generator)
+        assert ((first - second).abs() > 1e-3).float().mean() > 0.8
+
+    def test_the_memory_format_changes_only_the_order_of_sums(self) -> None:
+        x = images(3, 2, 4, 4)
+        attack = self.attack(random_start=True, keep="best", restarts=2)
+        channels_last = x.contiguous(memory_format=torch.channels_last)
+        found = attack.attack(wavy, channels_last)
+        assert found.stride() == channels_last.stride()
+        assert (found - attack.attack(wavy, x)).abs().max() < 1e-5
+
+    def test_keeps_the_best_iterate(self) -> None:
+        x = images(12, 9)
+        last, best = (self.attack(keep=keep).attack(wavy, x) for keep in ("last", "best"))
+        better = wavy(best) > wavy(last)
+        assert (wavy(best) >= wavy(last)).all()
+        assert better.any()
+        assert torch.equal(best[~better], last[~better])
+
+    def test_a_zero_or_nan_gradient_leaves_its_image(self) -> None:
+        w = torch.tensor([[1.0, -1.0], [0.0, 0.0], [1.0, math.nan]])
+        x = torch.full((3, 2), 0.5)
+        found = self.attack(steps=1).attack(lambda v: (w * v).sum(), x)
+        assert torch.equal(found[1:], x[1:])
+        assert not torch.equal(found[0], x[0])
 
 
 class LossFailedError(Exception):
@@ -458,7 +584,8 @@ class TestBadInput:
             ({"steps": 0}, ValueError, "PGD: steps is 0, wanted 1 or more"),
             ({"steps": 2.0}, TypeError, "PGD: steps is 2.0, wanted an integer"),
             ({"steps": True}, TypeError, "PGD: steps is True, wanted an integer"),
-            ({"norm": "l2"}, ValueError, "PGD: norm is 'l2', wanted 'linf'"),
+            ({"norm": "l1"}, ValueError, "PGD: norm is 'l1', wanted 'linf' or 'l2'"),
+            ({"norm": 2}, ValueError, "PGD: norm is 2, wanted 'linf' or 'l2'"),
             ({"random_start": 1}, TypeError, "PGD: random_start is 1, wanted True or False"),
             ({"restarts": 0}, ValueError, "PGD: restarts is 0, wanted 1 or more"),
             ({"restarts": 2}, ValueError, "PGD: restarts is 2 with random_start=False, wanted 1"),

@@ -140,7 +140,8 @@ def instructions_beyond_baseline(path: Path) -> list[str]:
     return found
 
 
-BASE_OBJECTS = ("critic_stats_base", "linf_step_base", "bind_cpu", "simd_level")
+OPERATORS = ("critic_stats", "critic_tail", "linf_step", "linf_start", "l2_step", "keep_best")
+BASE_OBJECTS = (*(f"{operator}_base" for operator in OPERATORS), "bind_cpu", "simd_level")
 
 
 @x86_only
@@ -172,7 +173,7 @@ def weak_symbols(path: Path) -> list[str]:
 @x86_only
 @pytest.mark.slow
 @pytest.mark.parametrize("level", ["base", *LEVELS])
-@pytest.mark.parametrize("operator", ["critic_stats", "linf_step"])
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_levels_share_no_symbol(objects: dict[str, Path], operator: str, level: str) -> None:
     """A weak std:: function from an AVX-512 file could replace the baseline's copy."""
     foreign = [

@@ -18,7 +18,16 @@ from test_build import build_wheel, copy_of_checkout
 pytestmark = pytest.mark.slow
 
 TESTS = Path(__file__).parent
-FILES = ("conftest.py", "oracle.py", "strategies.py", "test_critic_stats.py", "test_linf_step.py")
+FILES = (
+    "conftest.py",
+    "oracle.py",
+    "strategies.py",
+    "test_critic_stats.py",
+    "test_linf_step.py",
+    "test_linf_start.py",
+    "test_l2_step.py",
+    "test_keep_best.py",
+)
 OLD_TORCH = "2.13.0"
 # What the operators and their tests need; torchvision, which pins one torch, is not among them.
 REQUIREMENTS = ("numpy", "safetensors", "rich", "tyro", "tomli-w")

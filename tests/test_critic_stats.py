@@ -1,400 +1,462 @@
-"""dv and its operators: values, gradients, invariances, types, transforms, memory, bad input."""
+"""The kernels and operators of critic_stats: tiles, edges, not-finite scores, threads, memory."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
 from oracle import (
     DTYPES,
-    EAGER_IMPLS,
+    TAU,
+    assert_same_bits,
     binary,
-    check_dv,
     error_rule,
     level,
     limits,
-    loop_dv,
-    plain_dv,
+    plain_scores,
     value_and_grads,
 )
-from strategies import DvCase, dv_cases
+from strategies import features
 from torch import Tensor
 
 from wcmi_fast import functional
+from wcmi_fast._ops import CLAMPED_LSE, LSE, SOFTPLUS, SQUARE, STATISTICS, SUM
 from wcmi_fast.backends import cpu
 
-DIAGONALS = ("exclude", "zero")
-both_impls = pytest.mark.parametrize("impl", EAGER_IMPLS)
-both_diagonals = pytest.mark.parametrize("diagonal", DIAGONALS)
 INF, NAN = float("inf"), float("nan")
+CANARY = 12345.0
+ALL = sum(STATISTICS)
+NAMES = {LSE: "lse", SOFTPLUS: "softplus", CLAMPED_LSE: "clamped_lse", SUM: "sum", SQUARE: "square"}
+both_wide = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+every_level = pytest.mark.parametrize("simd", binary().levels() if binary() else [])
 
 
-def features(
-    n: int, p: int, u: int, dtype: torch.dtype = torch.float32, scale: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    z, h = torch.randn(n, u) + 0.5, torch.randn(n, p, u) - 0.25
-    return (z * scale).to(dtype), (h * scale).to(dtype)
+# ---- the kernels on given tiles -----------------------------------------------------------------
+
+Tile = tuple[int, int, int, int]
 
 
-def from_scores(T: Tensor) -> tuple[Tensor, Tensor]:
-    """z and h whose scores are T (N, N)."""
-    return torch.eye(T.shape[0], dtype=T.dtype), T.t().contiguous()
+def split(n: int, rows: int, images: int) -> list[Tile]:
+    """Tiles of so many rows and images, in the order of backends/cpu.py."""
+    return [
+        (row, min(rows, n - row), image, min(images, n - image))
+        for image in range(0, n, images)
+        for row in range(0, n, rows)
+    ]
 
 
-# ---- values and gradients -----------------------------------------------------------------------
+def splits(n: int) -> Iterator[list[Tile]]:
+    """One tile; one image or one row at a time; tiles with short ones at the ends."""
+    yield from (split(n, n, n), split(n, n, 1), split(n, 1, n), split(n, 2, 3))
 
 
-@both_diagonals
-def test_plain_program_agrees_with_loops(diagonal: str) -> None:
-    z, h = features(5, 3, 4, torch.float64)
-    wanted = loop_dv(z.tolist(), h.tolist(), diagonal)
-    assert plain_dv(z, h, diagonal).item() == pytest.approx(wanted, rel=1e-13)
+def guarded(*shape: int, dtype: torch.dtype) -> Tensor:
+    """NaNs of this shape, each row followed by canaries that `assert_guarded` looks at."""
+    count, size = shape[0], math.prod(shape[1:])
+    memory = torch.full((count, size + 16), NAN, dtype=dtype)
+    memory[:, size:] = CANARY
+    return memory
 
 
-@settings(max_examples=150)
-@given(case=dv_cases())
-def test_cpu_follows_the_error_rule(case: DvCase) -> None:
-    with limits(case.tile_bytes, case.kept_bytes), level(case.level):
-        check_dv(case.z, case.h, case.diagonal, "cpu")
+def assert_guarded(memory: Tensor) -> None:
+    assert (memory[:, -16:] == CANARY).all(), "a kernel wrote beyond its array"
 
 
-@settings(max_examples=40)
-@given(case=dv_cases())
-def test_reference_follows_the_error_rule(case: DvCase) -> None:
-    check_dv(case.z, case.h, case.diagonal, "reference")
+def workspace(p: int, threads: int, dtype: torch.dtype) -> Tensor:
+    return guarded(1, threads * binary().critic_stats_workspace(p), dtype=dtype)
 
 
-@both_impls
-@both_diagonals
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype_and_diagonal(dtype: torch.dtype, diagonal: str, impl: str) -> None:
-    check_dv(*features(33, 5, 7, dtype), diagonal, impl)
+def kernels(dtype: torch.dtype) -> Any:
+    return binary().critic_stats_f64 if dtype == torch.float64 else binary().critic_stats_f32
 
 
-def test_default_impl_is_the_kernel_and_default_diagonal_excludes() -> None:
-    z, h = features(17, 3, 5)
-    torch.testing.assert_close(
-        functional.dv(z, h), functional.dv(z, h, diagonal="exclude", impl="cpu"), rtol=0, atol=0
-    )
+def addresses(memory: Tensor, which: int) -> list[int]:
+    """CriticStatsArrays of kernels.h: positives, row_max and the statistics asked for."""
+    wanted = [True, True, *(bool(which & statistic) for statistic in STATISTICS)]
+    return [row.data_ptr() * asked for row, asked in zip(memory, wanted, strict=True)]
 
 
-@both_impls
-@both_diagonals
-@pytest.mark.parametrize("kept_bytes", [0, 4 << 20])
-def test_gradcheck(diagonal: str, impl: str, kept_bytes: int) -> None:
-    z, h = features(5, 3, 4, torch.float64)
-    with limits(2 * 5 * 3 * 8, kept_bytes):
-        assert torch.autograd.gradcheck(
-            lambda a, b: functional.dv(a, b, diagonal=diagonal, impl=impl),
-            (z.requires_grad_(), h.requires_grad_()),
+def followed_by_nan(part: Tensor) -> Tensor:
+    """The tile's scores in memory of their own, behind which lie NaNs that must not be read."""
+    memory = torch.full((part.numel() + 64,), NAN, dtype=part.dtype)
+    memory[: part.numel()] = part.flatten()
+    return memory
+
+
+def reduce_tiles(
+    T: Tensor, tiles: list[Tile] | None = None, which: int = ALL, threads: int = 1
+) -> dict[str, Tensor]:
+    """Run fwd over the tiles of T (N, N, P), then finish."""
+    n, _, p = T.shape
+    memory, scratch = guarded(7, n, p, dtype=T.dtype), workspace(p, threads, T.dtype)
+    arrays = addresses(memory, which)
+    for row, rows, image, images in tiles or split(n, n, n):
+        part = followed_by_nan(T[row : row + rows, image : image + images])
+        kernels(T.dtype).fwd(
+            part.data_ptr(), (row, rows, image, images, p), arrays, TAU, scratch.data_ptr(), threads
         )
+    kernels(T.dtype).finish(arrays, n * p, TAU, threads)
+    assert_guarded(memory)
+    assert_guarded(scratch)
+    found = memory[:, : n * p].view(7, n, p).clone()
+    names = {0: "positives", **{cpu.PLACES[s]: NAMES[s] for s in STATISTICS if which & s}}
+    return {name: found[place] for place, name in names.items()}
 
 
-@both_impls
-@pytest.mark.parametrize("kept_bytes", [0, 4 << 20])
-@pytest.mark.parametrize("only", ["z", "h"])
-def test_gradient_of_one_side_only(only: str, kept_bytes: int, impl: str) -> None:
-    z, h = features(17, 3, 5)
-    wanted = value_and_grads(lambda a, b: plain_dv(a, b, "exclude"), z.double(), h.double())
-    leaf = (z if only == "z" else h).requires_grad_()
-    with limits(1 << 10, kept_bytes):
-        functional.dv(z, h, impl=impl).backward()
-    exact = wanted.dz if only == "z" else wanted.dh
-    torch.testing.assert_close(leaf.grad, exact.float(), rtol=1e-4, atol=1e-7)
-    assert (h if only == "z" else z).grad is None
+def gradient(
+    T: Tensor,
+    lse: Tensor,
+    d: Tensor,
+    tiles: list[Tile] | None = None,
+    which: int = ALL,
+    threads: int = 1,
+) -> Tensor:
+    """Run bwd over the tiles of T, for gradients d (7, N, P) in the order of CriticStatsArrays."""
+    n, _, p = T.shape
+    scratch, dT = workspace(p, threads, T.dtype), torch.full_like(T, NAN)
+    arrays, lse = addresses(d, which), lse.contiguous()
+    for row, rows, image, images in tiles or split(n, n, n):
+        part = followed_by_nan(T[row : row + rows, image : image + images])
+        memory = guarded(1, rows, images, p, dtype=T.dtype)
+        kernels(T.dtype).bwd(
+            part.data_ptr(), (row, rows, image, images, p), lse.data_ptr(), arrays,
+            memory.data_ptr(), scratch.data_ptr(), threads,
+        )  # fmt: skip
+        assert_guarded(memory)
+        size = rows * images * p
+        dT[row : row + rows, image : image + images] = memory[0, :size].view(rows, images, p)
+    assert_guarded(scratch)
+    return dT
 
 
-@both_impls
-def test_gradient_goes_through_the_callers_graph(impl: str) -> None:
-    images, encoder = torch.randn(9, 6), torch.randn(6, 4, requires_grad=True)
-
-    def loss(bound: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        z = torch.tanh(images @ encoder)
-        return -3 * bound(z, z[:, None].expand(9, 2, 4) ** 2)
-
-    (ours,) = torch.autograd.grad(loss(lambda a, b: functional.dv(a, b, impl=impl)), encoder)
-    (wanted,) = torch.autograd.grad(loss(lambda a, b: plain_dv(a, b, "exclude")), encoder)
-    torch.testing.assert_close(ours, wanted)
+def incoming(n: int, p: int, dtype: torch.dtype) -> Tensor:
+    """Gradients of the statistics, all different, in the order of CriticStatsArrays."""
+    return torch.linspace(-1, 2, 7 * n * p, dtype=dtype).view(7, n, p)
 
 
-def test_backward_twice_over_a_retained_graph_gives_the_same() -> None:
-    z, h = features(17, 3, 5)
-    z.requires_grad_()
-    value = functional.dv(z, h, impl="cpu")
-    first, second = (torch.autograd.grad(value, z, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, second)
+def negatives_of(T: Tensor) -> Tensor:
+    return T[~torch.eye(len(T), dtype=torch.bool)].view(len(T), len(T) - 1, -1)
 
 
-def test_inputs_are_left_as_they_were() -> None:
-    z, h = features(17, 3, 5)
-    before = z.clone(), h.clone()
-    value_and_grads(lambda a, b: functional.dv(a, b, impl="cpu"), z, h)
-    assert torch.equal(z, before[0])
-    assert torch.equal(h, before[1])
+def clamped(T: Tensor) -> Tensor:
+    return T.clamp(-TAU, TAU)
 
 
-@both_impls
-def test_a_feature_changed_before_backward_is_an_error(impl: str) -> None:
-    z, h = (t.requires_grad_() for t in features(5, 2, 3))
-    value = functional.dv(z, h, impl=impl)
-    with torch.no_grad():
-        z.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        value.backward()
+class Statistic(NamedTuple):
+    """Over negatives (N, N - 1, P), per row; its slope at T; what its error is relative to."""
+
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor, Tensor], Tensor]
+    magnitude: Callable[[Tensor], Tensor]
 
 
-# ---- what the bound is --------------------------------------------------------------------------
+def softplus(x: Tensor) -> Tensor:
+    return x.clamp_min(0) + (-x.abs()).exp().log1p()
 
 
-@both_impls
-@both_diagonals
-def test_known_scores(diagonal: str, impl: str) -> None:
-    # Positives 1 and 4, negatives 2 and 3: by hand.
-    T = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
-    extra = 2.0 if diagonal == "zero" else 0.0
-    wanted = 2.5 - math.log((math.exp(2) + math.exp(3) + extra) / 2)
-    value = functional.dv(*from_scores(T), diagonal=diagonal, impl=impl)
-    assert value.item() == pytest.approx(wanted, rel=1e-13)
+def half_square(x: Tensor) -> Tensor:
+    return (x.abs() + 1) ** 2 / 2
 
 
-@both_impls
-def test_who_is_paired_with_whom_matters(impl: str) -> None:
-    z, h = features(7, 2, 3, torch.float64)
-    value = functional.dv(z, h, impl=impl).item()
-    assert abs(functional.dv(z.roll(1, 0), h, impl=impl).item() - value) > 1e-3
-    one_image_flipped = torch.cat([h[:1].flip(1), h[1:]])
-    assert abs(functional.dv(z, one_image_flipped, impl=impl).item() - value) > 1e-3
-    # Locations are averaged: each alone is the bound at P = 1, where z and h may change places.
-    alone = [functional.dv(h[:, p], z, impl=impl).item() for p in range(2)]
-    assert value == pytest.approx(sum(alone) / 2, rel=1e-12)
+PLAIN = {
+    "lse": Statistic(
+        lambda x: x.logsumexp(1), lambda T, lse: (T - lse[:, None]).exp(), lambda x: x.abs() + 5
+    ),
+    "softplus": Statistic(
+        lambda x: softplus(x).sum(1), lambda T, _: T.sigmoid(), lambda x: softplus(x).sum(1)
+    ),
+    "clamped_lse": Statistic(
+        lambda x: clamped(x).logsumexp(1), lambda T, _: 0 * clamped(T), lambda x: clamped(x) + 5
+    ),
+    "sum": Statistic(lambda x: x.sum(1), lambda T, _: torch.ones_like(T), lambda x: x.abs().sum(1)),
+    "square": Statistic(
+        lambda x: half_square(x).sum(1), lambda T, _: T + T.sign(), lambda x: half_square(x).sum(1)
+    ),
+}
 
 
-@both_impls
-def test_gradients_tell_z_from_h(impl: str) -> None:
-    z, h = features(7, 1, 7, torch.float64)
-    ours = value_and_grads(lambda a, b: functional.dv(a, b, impl=impl), z, h)
-    wanted = value_and_grads(lambda a, b: plain_dv(a, b, "exclude"), z, h)
-    torch.testing.assert_close(ours.dz, wanted.dz)
-    assert (ours.dz - wanted.dh[:, 0]).abs().max() > 1e-2
+def plain_gradient(T: Tensor, d: Tensor, which: int = ALL) -> Tensor:
+    """Gradient of T for gradients d (7, N, P) of its statistics."""
+    lse, dT = negatives_of(T).logsumexp(1), torch.zeros_like(T)
+    for statistic in STATISTICS:
+        if which & statistic and statistic != CLAMPED_LSE:
+            dT += d[cpu.PLACES[statistic], :, None] * PLAIN[NAMES[statistic]].slope(T, lse)
+    own = torch.arange(len(T))
+    dT[own, own] = d[0]
+    return dT
 
 
-@both_impls
-@pytest.mark.parametrize("constant", [-150.0, 1.0, 100.0, 1e4])
-def test_a_constant_added_to_every_score_changes_nothing(impl: str, constant: float) -> None:
-    z, h = features(33, 3, 7)
-    augmented = (
-        torch.cat([z, torch.ones(33, 1)], dim=1),
-        torch.cat([h, torch.full((33, 3, 1), constant)], dim=2),
-    )
-    plain = [value_and_grads(lambda a, b: plain_dv(a, b, "exclude"), *augmented)]
-    exact = value_and_grads(lambda a, b: plain_dv(a, b, "exclude"), z.double(), h.double())
-    ours = value_and_grads(lambda a, b: functional.dv(a, b, impl=impl), *augmented)
-    error_rule("value", ours.value, plain[0].value, exact.value, abs(constant))
-    error_rule("dz", ours.dz[:, :-1], plain[0].dz[:, :-1], exact.dz, 1e-2 * abs(constant))
-    check_dv(*augmented, "exclude", impl)
+def check_statistics(T: Tensor, tiles: list[Tile]) -> None:
+    """Apply the error rule to every statistic and to the gradient of their weighted sum."""
+    wide, found = T.double(), reduce_tiles(T, tiles)
+    assert torch.equal(found["positives"], T.diagonal().t())
+    for name, statistic in PLAIN.items():
+        exact, negatives = statistic.value(negatives_of(wide)), negatives_of(wide)
+        magnitude = statistic.magnitude(negatives).max().item()
+        error_rule(name, found[name], statistic.value(negatives_of(T)), exact, magnitude)
+    d = incoming(len(T), T.shape[2], T.dtype)
+    ours = gradient(T, found["lse"], d, tiles)
+    exact = plain_gradient(wide, d.double())
+    error_rule("gradient", ours, plain_gradient(T, d), exact, 10 + 4 * wide.abs().max().item())
 
 
-@both_impls
-@both_diagonals
-def test_permuting_pairs_together_changes_nothing(diagonal: str, impl: str) -> None:
-    z, h = features(33, 3, 7, torch.float64)
-    order = torch.randperm(33)
-    with limits(4 * 33 * 3 * 8, 0):
-        before = functional.dv(z, h, diagonal=diagonal, impl=impl).item()
-        after = functional.dv(z[order], h[order], diagonal=diagonal, impl=impl).item()
-    assert after == pytest.approx(before, rel=1e-12)
+@every_level
+@both_wide
+@pytest.mark.parametrize("p", [1, 2, 3, 7, 8, 15, 16, 17, 33, 49, 64])
+def test_every_statistic_at_the_edges_of_vectors_and_tiles(
+    p: int, dtype: torch.dtype, simd: str
+) -> None:
+    with level(simd):
+        for n in (2, 3, 4, 5, 9, 17):
+            T = 3 * torch.randn(n, n, p, dtype=dtype)
+            T[T.abs() < 0.3] = 0  # where |T| has a corner, torch's slope is 0
+            for tiles in splits(n):
+                check_statistics(T, tiles)
 
 
-@both_impls
-@pytest.mark.parametrize(
-    ("constant", "printed"), [(0.0, "-0.0078"), (-10.0, "-5.2"), (7.0, "-7.2e-06")]
-)
-def test_constant_critic(constant: float, printed: str, impl: str) -> None:
-    z, h = torch.ones(128, 1, dtype=torch.float64), torch.full((128, 2, 1), constant).double()
-    assert functional.dv(z, h, impl=impl).item() == pytest.approx(0.0, abs=1e-12)
-    # spec.md, "The authors' masking slip": N terms exp(0) beside N(N - 1) terms exp(c).
-    zero = functional.dv(z, h, diagonal="zero", impl=impl).item()
-    assert zero == pytest.approx(-math.log(1 + math.exp(-constant) / 127), rel=1e-10)
-    assert f"{zero:.2g}" == printed
+@every_level
+@both_wide
+def test_maxima_that_rise_and_fall_from_tile_to_tile(dtype: torch.dtype, simd: str) -> None:
+    steps = torch.tensor([0.0, 40.0, -60.0, 80.0, 1.0, -90.0, 30.0, 30.0, 0.0], dtype=dtype)
+    for scores in (steps, steps.flip(0), steps.sort().values, -steps):
+        T = torch.randn(9, 9, 3, dtype=dtype) + scores[:, None]
+        with level(simd):
+            for tiles in splits(9):
+                check_statistics(T, tiles)
 
 
-@both_impls
-@both_diagonals
-@pytest.mark.parametrize("score", [-150.0, 150.0])
-@pytest.mark.parametrize("n", [2, 17, 70])
-def test_scores_of_150_stay_finite(n: int, score: float, diagonal: str, impl: str) -> None:
-    # Every score, so that whole tiles and rows are far from the diagonal's 0 and from -inf.
-    z, h = torch.ones(n, 1), torch.full((n, 2, 1), score)
-    with limits(1, 0):
-        got = value_and_grads(lambda a, b: functional.dv(a, b, diagonal=diagonal, impl=impl), z, h)
-    assert all(part.isfinite().all() for part in got)
-    slip = math.log1p(math.exp(-score) / (n - 1)) if diagonal == "zero" else 0.0
-    assert got.value.item() == pytest.approx(-slip, abs=1e-4)
-    check_dv(z, h, diagonal, impl)
+@every_level
+@both_wide
+@pytest.mark.parametrize("statistic", STATISTICS, ids=NAMES.values())
+def test_a_statistic_alone_is_the_one_among_all(
+    statistic: int, dtype: torch.dtype, simd: str
+) -> None:
+    T, d = 3 * torch.randn(9, 9, 5, dtype=dtype), incoming(9, 5, dtype)
+    with level(simd):
+        every, alone = reduce_tiles(T), reduce_tiles(T, which=statistic)
+        assert alone.keys() == {"positives", NAMES[statistic]}
+        for name, values in alone.items():
+            assert_same_bits(values, every[name])
+        ours = gradient(T, every["lse"], d, which=statistic)
+    torch.testing.assert_close(ours, plain_gradient(T, d, which=statistic))
 
 
-@both_impls
-def test_mixed_scores_of_150(impl: str) -> None:
-    T = torch.where(torch.rand(33, 33) < 0.5, 150.0, -150.0)
-    check_dv(*from_scores(T), "exclude", impl)
-    check_dv(*from_scores(T), "zero", impl)
+@every_level
+@both_wide
+def test_no_statistic_but_the_positives(dtype: torch.dtype, simd: str) -> None:
+    T, d = torch.randn(9, 9, 5, dtype=dtype), incoming(9, 5, dtype)
+    with level(simd):
+        assert_same_bits(reduce_tiles(T, which=0)["positives"], T.diagonal().t())
+        assert_same_bits(gradient(T, T[0], d, which=0), plain_gradient(T, d, which=0))
+
+
+# ---- accuracy, score by score -------------------------------------------------------------------
+
+
+def ulps(ours: Tensor, exact: Tensor) -> float:
+    """The largest relative error in units of the last place."""
+    error = (ours.double() - exact).abs() / exact.abs()
+    return error.max().item() / torch.finfo(ours.dtype).eps
+
+
+def ladder(low: float, high: float, dtype: torch.dtype) -> Tensor:
+    """T (2, 2, 8192): each negative score, from low to high, is a row's only one."""
+    T = torch.zeros(2, 2, 8192, dtype=dtype)
+    T[0, 1], T[1, 0] = torch.linspace(low, high, 2 * 8192, dtype=torch.float64).view(2, -1)
+    return T
+
+
+@every_level
+@both_wide
+def test_exponential_to_two_units_in_the_last_place(dtype: torch.dtype, simd: str) -> None:
+    # With lse = 0 and its gradient 1 that of T is exp(T): the error rule alone would allow more.
+    T = ladder(math.log(torch.finfo(dtype).tiny) + 1e-3, 0, dtype)
+    with level(simd):
+        ours = gradient(T, torch.zeros_like(T[0]), torch.ones(7, *T.shape[1:]).to(dtype), which=LSE)
+    assert ulps(negatives_of(ours), negatives_of(T.double().exp())) <= 2
+
+
+@every_level
+@both_wide
+def test_softplus_and_sigmoid_to_a_few_units_in_the_last_place(
+    dtype: torch.dtype, simd: str
+) -> None:
+    ones = torch.ones(7, 2, 8192, dtype=dtype)
+    for low, high in ((-80.0, 90.0), (-1.0, 1.0), (-1e-3, 1e-3)):
+        T = ladder(low, high, dtype)
+        with level(simd):
+            value = reduce_tiles(T, which=SOFTPLUS)["softplus"]
+            slope = gradient(T, T[0], ones, which=SOFTPLUS)
+        exact = softplus(negatives_of(T.double())).squeeze(1)
+        assert ulps(value, exact) <= 4
+        assert ulps(negatives_of(slope), negatives_of(T.double().sigmoid())) <= 4
+
+
+@every_level
+@both_wide
+def test_the_log_sum_exp_of_one_score_is_the_score(dtype: torch.dtype, simd: str) -> None:
+    T = ladder(-1e4, 1e4, dtype)
+    with level(simd):
+        found = reduce_tiles(T)
+    assert_same_bits(found["lse"], negatives_of(T).squeeze(1))
+    assert_same_bits(found["sum"], negatives_of(T).squeeze(1))
+    assert_same_bits(found["clamped_lse"], clamped(negatives_of(T).squeeze(1)))
+    assert ulps(found["square"], half_square(negatives_of(T.double())).squeeze(1)) <= 2
 
 
 # ---- scores that are not finite -----------------------------------------------------------------
 
 
-@both_impls
-@both_diagonals
-@pytest.mark.parametrize(("bad", "value"), [(NAN, NAN), (INF, NAN), (-INF, -INF)])
-def test_a_feature_that_is_not_finite(bad: float, value: float, diagonal: str, impl: str) -> None:
-    """NaN gives NaN. An image's +inf (-inf) scores are its positive, too: inf - inf, or -inf."""
-    z, h = torch.rand(19, 1) + 0.1, torch.rand(19, 2, 1)
-    h[3, 1] = bad
-    got = functional.dv(z, h, diagonal=diagonal, impl=impl)
-    torch.testing.assert_close(got, torch.tensor(value), equal_nan=True)
-    torch.testing.assert_close(got, plain_dv(z, h, diagonal), equal_nan=True)
+def assert_like_torch(T: Tensor, found: dict[str, Tensor]) -> None:
+    for name, statistic in PLAIN.items():
+        wanted = statistic.value(negatives_of(T))
+        torch.testing.assert_close(found[name], wanted, equal_nan=True, msg=lambda m, n=name: n + m)
 
 
-def reduce_tile(T: Tensor, diagonal: str, threads: int) -> tuple[Tensor, ...]:
-    """Run the binary's kernels on T (N, N, P) as one tile, with unequal incoming gradients."""
-    n, p = T.shape[1:]
-    code, zero = cpu.DTYPES[T.dtype], diagonal == "zero"
-    tile = T.permute(1, 2, 0).reshape(n * p, n).contiguous().clone()
-    positives, row_max, row_sum = torch.full((3, n, p), NAN, dtype=T.dtype).unbind()
-    lse = torch.full((p,), NAN, dtype=T.dtype)
-    binary().critic_stats_fwd(
-        code, tile.data_ptr(), 0, n, n, p,
-        positives.data_ptr(), row_max.data_ptr(), row_sum.data_ptr(), threads,
-    )  # fmt: skip
-    binary().critic_stats_lse(
-        code, row_max.data_ptr(), row_sum.data_ptr(), n, p, zero, lse.data_ptr()
-    )
-    dpositives = torch.linspace(1, 2, n * p, dtype=T.dtype).view(n, p)
-    dlse, grad = torch.linspace(-1, -2, p, dtype=T.dtype), torch.full_like(tile, NAN)
-    binary().critic_stats_bwd(
-        code, tile.data_ptr(), 0, n, n, p,
-        lse.data_ptr(), dpositives.data_ptr(), dlse.data_ptr(), grad.data_ptr(), threads,
-    )  # fmt: skip
-    return positives, row_max, row_sum, lse, grad.view(n, p, n).permute(2, 0, 1)
-
-
-def plain_tile(T: Tensor, diagonal: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Positives, log-sum-exp and gradient of `reduce_tile`, by torch in T's dtype."""
-    n, p = T.shape[1:]
-    T = T.clone().requires_grad_()
-    positives = T.diagonal().t()
-    same = torch.eye(n, dtype=torch.bool)[:, :, None]
-    lse = T.masked_fill(same, 0.0 if diagonal == "zero" else -INF).logsumexp((0, 1))
-    loss = (positives * torch.linspace(1, 2, n * p, dtype=T.dtype).view(n, p)).sum()
-    loss = loss + (lse * torch.linspace(-1, -2, p, dtype=T.dtype)).sum()
-    return positives.detach(), lse.detach(), torch.autograd.grad(loss, T)[0]
-
-
-@both_diagonals
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@every_level
+@both_wide
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("at", [(0, 1), (1, 0), (18, 2), (4, 4)])
-def test_kernels_on_a_score_that_is_not_finite(
-    at: tuple[int, int], bad: float, dtype: torch.dtype, diagonal: str
+def test_a_score_that_is_not_finite(
+    at: tuple[int, int], bad: float, dtype: torch.dtype, simd: str
 ) -> None:
-    T = torch.randn(19, 19, 2, dtype=dtype)
+    T, d = torch.randn(19, 19, 2, dtype=dtype), incoming(19, 2, dtype)
     T[(*at, 1)] = bad
-    wanted = plain_tile(T, diagonal)
-    for name in binary().levels():
-        with level(name):
-            positives, _, _, lse, grad = reduce_tile(T, diagonal, 1)
-        torch.testing.assert_close(positives, wanted[0], equal_nan=True)
-        torch.testing.assert_close(lse, wanted[1], equal_nan=True)
-        torch.testing.assert_close(grad[..., 0], wanted[2][..., 0])
-        if at[0] == at[1] or bad == -INF:
-            torch.testing.assert_close(grad[..., 1], wanted[2][..., 1])
-        else:  # a NaN or +inf among the negatives: the gradient shows it, too
-            assert grad[at][1].isnan()
+    for tiles in splits(19):
+        with level(simd):
+            found = reduce_tiles(T, tiles)
+            dT = gradient(T, found["lse"], d, tiles)
+        assert_like_torch(T, found)
+        torch.testing.assert_close(found["positives"], T.diagonal().t(), equal_nan=True)
+        torch.testing.assert_close(dT, plain_gradient(T, d), equal_nan=True)
 
 
-@both_diagonals
+@every_level
 @pytest.mark.parametrize("n", [2, 15, 70])
-def test_rows_and_tiles_that_are_all_minus_infinity(n: int, diagonal: str) -> None:
-    T = torch.randn(n, n, 3)
-    T[:, : n // 2] = -INF  # whole rows of the tile
+def test_rows_and_tiles_that_are_all_minus_infinity(n: int, simd: str) -> None:
+    T, d = torch.randn(n, n, 3), incoming(n, 3, torch.float32)
+    T[: n // 2] = -INF  # all images of some representations
+    T[:, n // 3] = -INF  # an image
     T[:, :, 2] = -INF  # and a whole location
-    wanted_lse = plain_tile(T, diagonal)[1]
-    for name in binary().levels():
-        with level(name):
-            _, _, _, lse, grad = reduce_tile(T, diagonal, 1)
-        torch.testing.assert_close(lse, wanted_lse)
-        off_diagonal = grad[~torch.eye(n, dtype=torch.bool)]
-        assert not off_diagonal.isnan().any()
-        assert (off_diagonal[:, 2] == 0).all()
+    for tiles in splits(n):
+        with level(simd):
+            found = reduce_tiles(T, tiles)
+            dT = gradient(T, found["lse"], d, tiles, which=LSE | SOFTPLUS)
+        assert_like_torch(T, found)
+        negatives = negatives_of(dT)
+        assert not negatives.isnan().any()
+        assert (negatives[negatives_of(T) == -INF] == 0).all()
 
 
-@both_diagonals
+@every_level
+@both_wide
 @pytest.mark.parametrize("others", [-INF, INF])
-def test_a_nan_is_not_lost_beside_infinities(others: float, diagonal: str) -> None:
-    # The row's maximum skips the NaN, and a row of maximum -inf adds nothing to the sum.
-    T = torch.randn(19, 19, 2)
-    T[:, 4] = others
-    T[9, 4, 1] = NAN
-    for name in binary().levels():
-        with level(name):
-            lse = reduce_tile(T, diagonal, 1)[3]
-        torch.testing.assert_close(lse, plain_tile(T, diagonal)[1], equal_nan=True)
-        assert lse[1].isnan()
-        assert not lse[0].isnan()
+@pytest.mark.parametrize("place", [0, 9, 18])
+def test_a_nan_is_not_lost_beside_infinities(
+    place: int, others: float, dtype: torch.dtype, simd: str
+) -> None:
+    # The row's maximum skips the NaN, and an infinite maximum makes every other term 0.
+    T = torch.randn(19, 19, 2, dtype=dtype)
+    T[4] = others
+    T[4, place, 1] = NAN
+    for tiles in splits(19):
+        with level(simd):
+            found = reduce_tiles(T, tiles)
+        assert_like_torch(T, found)
+        for name in PLAIN:
+            assert found[name][4].isnan().tolist() == [False, True]
 
 
+@every_level
+@both_wide
+@pytest.mark.parametrize("first", [INF, -INF])
+def test_infinities_in_one_tile_and_numbers_in_the_next(
+    first: float, dtype: torch.dtype, simd: str
+) -> None:
+    for where in (slice(0, 5), slice(9, 19), slice(0, 19, 2)):
+        T = torch.randn(19, 19, 2, dtype=dtype)
+        T[:, where] = first
+        for tiles in splits(19):
+            with level(simd):
+                assert_like_torch(T, reduce_tiles(T, tiles))
+
+
+@every_level
 @pytest.mark.parametrize("bits", [0x7FC00001, 0x7F800003, 0x7FFFFFFF])
-def test_a_nan_of_any_payload_stays_one(bits: int) -> None:
+def test_a_nan_of_any_payload_stays_one(bits: int, simd: str) -> None:
     # exp adds to a float's bits: a NaN's could become those of a number.
-    T = torch.randn(19, 19, 2)
+    T, d = torch.randn(19, 19, 2), incoming(19, 2, torch.float32)
     T.view(torch.int32)[9, 4, 1] = bits
-    for name in binary().levels():
-        with level(name):
-            _, _, _, lse, grad = reduce_tile(T, "exclude", 1)
-        assert lse.isnan().tolist() == [False, True]
-        assert grad[9, 4, 1].isnan()
+    with level(simd):
+        found = reduce_tiles(T)
+        dT = gradient(T, found["lse"], d)
+    for name in PLAIN:
+        assert found[name].isnan().nonzero().tolist() == [[9, 1]]
+    assert dT[9, 4, 1].isnan()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_exponential_to_two_units_in_the_last_place(dtype: torch.dtype) -> None:
-    # With lse = 0 and dlse = 1 the gradient is exp(T): the error rule alone would allow more.
-    lowest = math.log(torch.finfo(dtype).tiny)
-    T = torch.linspace(lowest + 1e-3, 0, 128 * 128, dtype=torch.float64).to(dtype).view(128, 128)
-    grad, zeros, ones = torch.empty_like(T), torch.zeros(128, 1).to(dtype), torch.ones(1).to(dtype)
-    for name in binary().levels():
-        with level(name):
-            binary().critic_stats_bwd(
-                cpu.DTYPES[dtype], T.data_ptr(), 0, 128, 128, 1,
-                zeros.data_ptr(), zeros.data_ptr(), ones.data_ptr(), grad.data_ptr(), 1,
-            )  # fmt: skip
-        exact = T.double().exp()
-        error = ((grad.double() - exact) / exact).fill_diagonal_(0).abs().max().item()
-        assert error <= 2 * torch.finfo(dtype).eps
+# ---- tiles of the back end ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 300, 1 << 12, 1 << 20])
+@pytest.mark.parametrize("tile_rows", [1, 8, 128])
+def test_tiles_cover_the_scores_once(tile_rows: int, tile_bytes: int) -> None:
+    for n, p in product((2, 7, 8, 9, 16, 17, 130), (1, 3, 64)):
+        with limits(tile_bytes, 0, tile_rows):
+            tiles = cpu._tiles(n, p, 4)
+        seen = torch.zeros(n, n, dtype=torch.int64)
+        for row, rows, image, images in tiles:
+            assert 1 <= rows <= tile_rows
+            assert images == 1 or rows * images * p * 4 <= tile_bytes
+            seen[row : row + rows, image : image + images] += 1
+        assert (seen == 1).all()
+        # The kernels begin a row's sums at image 0; features are read once, at row 0.
+        assert [tile[2] for tile in tiles] == sorted(tile[2] for tile in tiles)
+        assert tiles[0] == max(tiles, key=lambda tile: (tile[1], tile[3], -tile[0], -tile[2]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_are_kept_when_asked(dtype: torch.dtype) -> None:
+    z, h = features(9, 3, 5, dtype)
+    operator = torch.ops.wcmi_fast.critic_stats_fwd
+    kept, scores = operator(z, h, ALL, TAU, True)
+    recomputed, none = operator(z, h, ALL, TAU, False)
+    torch.testing.assert_close(scores, plain_scores(z, h))
+    assert none.numel() == 0
+    torch.testing.assert_close(kept, recomputed)
 
 
 # ---- threads, memory ----------------------------------------------------------------------------
 
 
-@both_diagonals
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_same_scores_give_the_same_bits_for_any_thread_count(
-    dtype: torch.dtype, diagonal: str
-) -> None:
-    T = 10 * torch.randn(97, 97, 3, dtype=dtype)  # 28,227 scores; threads are used from 16,385 on
-    for name in binary().levels():
-        with level(name):
-            one = reduce_tile(T, diagonal, 1)
-            for threads in (2, 3):
-                for ours, wanted in zip(reduce_tile(T, diagonal, threads), one, strict=True):
-                    assert torch.equal(ours, wanted)
-        for ours, wanted in zip((one[0], *one[3:]), plain_tile(T, diagonal), strict=True):
-            torch.testing.assert_close(ours, wanted)
+@every_level
+@both_wide
+def test_same_scores_give_the_same_bits_for_any_thread_count(dtype: torch.dtype, simd: str) -> None:
+    # 28,227 scores in one tile; threads are used from 16,385 on.
+    T, d = 10 * torch.randn(97, 97, 3, dtype=dtype), incoming(97, 3, dtype)
+    with level(simd):
+        one = reduce_tiles(T)
+        dT = gradient(T, one["lse"], d)
+        for threads in (2, 3):
+            for name, values in reduce_tiles(T, threads=threads).items():
+                assert_same_bits(values, one[name])
+            assert_same_bits(gradient(T, one["lse"], d, threads=threads), dT)
+    check_statistics(T, split(97, 97, 97))
+
+
+@both_wide
+def test_many_statistics_are_finished_by_many_threads(dtype: torch.dtype) -> None:
+    T = torch.randn(3, 3, 6000, dtype=dtype)  # 18,000 of each statistic
+    one = reduce_tiles(T)
+    for name, values in reduce_tiles(T, threads=2).items():
+        assert_same_bits(values, one[name])
+    check_statistics(T, split(3, 3, 3))
 
 
 def peak_mib(work: Callable[[], object]) -> float:
@@ -413,112 +475,53 @@ def peak_mib(work: Callable[[], object]) -> float:
     return (status("VmHWM") - before) / 1024
 
 
-def test_scores_are_never_stored_beyond_a_few_mib() -> None:
+@pytest.mark.parametrize("function", [functional.dv, functional.jsd, functional.nwj])
+def test_scores_are_never_stored_beyond_a_few_mib(function: Callable[..., Tensor]) -> None:
     z, h = features(1024, 16, 16)  # T is 64 MiB, h 1 MiB
-    value_and_grads(functional.dv, *features(64, 16, 16))  # starts the libraries' threads and pools
-    assert peak_mib(lambda: value_and_grads(functional.dv, z, h)) < 16
-    assert peak_mib(lambda: plain_dv(z, h, "exclude")) > 64
-
-
-# ---- autograd's and torch's modes ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__)
-@both_impls
-def test_without_gradients(impl: str, mode: Callable[[], torch.no_grad]) -> None:
-    z, h = features(17, 3, 5)
-    wanted = functional.dv(z, h, impl=impl)
-    with mode():
-        value = functional.dv(z.requires_grad_(), h, impl=impl)
-    assert not value.requires_grad
-    torch.testing.assert_close(value.clone(), wanted, rtol=0, atol=1e-6)
-
-
-@both_impls
-def test_autocast_changes_nothing(impl: str) -> None:
-    z, h = features(33, 3, 64)
-    wanted = value_and_grads(lambda a, b: functional.dv(a, b, impl=impl), z, h)
-    with torch.autocast("cpu", torch.bfloat16):
-        value = functional.dv(z.requires_grad_(), h.requires_grad_(), impl=impl)
-    assert torch.equal(value, wanted.value)
-    for ours, exact in zip(torch.autograd.grad(value, (z, h)), wanted[1:], strict=True):
-        assert torch.equal(ours, exact)
-
-
-def test_autocast_around_the_backward_pass_changes_nothing() -> None:
-    z, h = features(33, 3, 64)
-    wanted = value_and_grads(lambda a, b: functional.dv(a, b, impl="cpu"), z, h)
-    with torch.autocast("cpu", torch.bfloat16), limits(1 << 12, 0):
-        got = value_and_grads(lambda a, b: functional.dv(a, b, impl="cpu"), z, h)
-    for ours, exact in zip(got, wanted, strict=True):
-        torch.testing.assert_close(ours, exact)
-
-
-def test_a_second_derivative_is_an_error_and_the_reference_has_one() -> None:
-    z, h = (t.double() for t in features(5, 2, 3))
-    z.requires_grad_()
-    # A gradient penalty: before the check it added nothing, without a word.
-    with pytest.raises(RuntimeError, match=r"no second derivative.*impl='reference' has"):
-        torch.autograd.grad(functional.dv(z, h, impl="cpu"), z, create_graph=True)
-    assert torch.autograd.gradgradcheck(lambda a: functional.dv(a, h, impl="reference"), z)
-
-
-def test_meta_tensors_take_the_reference() -> None:
-    value = functional.dv(torch.empty(4, 3, device="meta"), torch.empty(4, 2, 3, device="meta"))
-    assert value.device.type == "meta"
-    assert value.shape == ()
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def check_compiled(backend: str, impl: str) -> None:
-    z, h = features(17, 3, 5)
-    compiled = torch.compile(
-        lambda a, b: 2 * functional.dv(a.tanh(), b, impl=impl), fullgraph=True, backend=backend
-    )
-    ours = value_and_grads(compiled, z, h)
-    wanted = value_and_grads(lambda a, b: 2 * plain_dv(a.tanh(), b, "exclude"), z, h)
-    for got, exact in zip(ours, wanted, strict=True):
-        torch.testing.assert_close(got, exact)
-
-
-@both_impls
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compiles_as_one_graph(impl: str) -> None:
-    check_compiled("aot_eager", impl)
-
-
-@both_impls
-@pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compiles_with_inductor(impl: str) -> None:
-    check_compiled("inductor", impl)
+    value_and_grads(function, *features(64, 16, 16))  # starts the libraries' threads and pools
+    assert peak_mib(lambda: value_and_grads(function, z, h)) < 16
+    assert peak_mib(lambda: plain_scores(z, h).exp()) > 64
 
 
 # ---- the operators ------------------------------------------------------------------------------
 
+OPS = torch.ops.wcmi_fast
+some_statistics = pytest.mark.parametrize("which", [0, LSE, SOFTPLUS | SQUARE, ALL])
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+@every_dtype
+@some_statistics
 @pytest.mark.parametrize("keep", [False, True])
-def test_opcheck_forward(keep: bool, dtype: torch.dtype) -> None:
+def test_opcheck_critic_stats_forward(keep: bool, which: int, dtype: torch.dtype) -> None:
     """opcheck compares real outputs with the fake's shapes, strides and dtypes, among others."""
     z, h = features(5, 2, 3, dtype)
-    torch.library.opcheck(torch.ops.wcmi_fast.critic_stats_fwd.default, (z, h, True, keep))
+    torch.library.opcheck(OPS.critic_stats_fwd.default, (z, h, which, TAU, keep))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
+@some_statistics
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)])
-def test_opcheck_backward(needed: tuple[bool, bool], keep: bool, dtype: torch.dtype) -> None:
+def test_opcheck_critic_stats_backward(
+    needed: tuple[bool, bool], keep: bool, which: int, dtype: torch.dtype
+) -> None:
     z, h = features(5, 2, 3, dtype)
-    positives, lse, scores = torch.ops.wcmi_fast.critic_stats_fwd(z, h, False, keep)
-    arguments = (torch.rand_like(positives), torch.rand_like(lse), z, h, lse, scores, *needed)
-    torch.library.opcheck(torch.ops.wcmi_fast.critic_stats_bwd.default, arguments)
+    stats, scores = OPS.critic_stats_fwd(z, h, which, TAU, keep)
+    dstats = [torch.rand_like(statistic) for statistic in stats]
+    lse = stats[1 if which & LSE else 0]
+    torch.library.opcheck(OPS.critic_stats_bwd.default, (dstats, z, h, lse, scores, which, *needed))
+
+
+@every_dtype
+@some_statistics
+def test_opcheck_score_stats(which: int, dtype: torch.dtype) -> None:
+    T = torch.randn(5, 5, 2).to(dtype)
+    torch.library.opcheck(OPS.score_stats_fwd.default, (T, which, TAU))
+    stats = OPS.score_stats_fwd(T, which, TAU)
+    dstats = [torch.rand_like(statistic) for statistic in stats]
+    lse = stats[1 if which & LSE else 0]
+    torch.library.opcheck(OPS.score_stats_bwd.default, (dstats, T, lse, which))
 
 
 def test_an_operator_without_autograd_is_an_error() -> None:
@@ -530,74 +533,4 @@ def test_an_operator_without_autograd_is_an_error() -> None:
     with pytest.raises(UserWarning, match="an autograd kernel was not registered"):
         torch.ops.wcmi_fast_tests.twice(x).sum().backward()
     with pytest.raises(RuntimeError, match="automatic differentiation"):
-        torch.ops.wcmi_fast.critic_stats_fwd(x[:, None], x[:, None, None], False, False)
-
-
-# ---- real images --------------------------------------------------------------------------------
-
-
-def test_real_images(data_dir: Path) -> None:
-    images = np.load(data_dir / "fashion_mnist.npz")["x_test"][:48]
-    x = torch.from_numpy(images).float()[:, None] / 255
-    patches = torch.nn.functional.unfold(x, 4, stride=4).transpose(1, 2)  # (48, 49, 16)
-    z = x.flatten(1) @ torch.randn(784, 16) / 28
-    for diagonal in DIAGONALS:
-        check_dv(z, patches, diagonal, "cpu")
-        with limits(1 << 16, 0):
-            check_dv(10 * z, patches, diagonal, "cpu")
-
-
-# ---- bad input ----------------------------------------------------------------------------------
-
-BAD_INPUTS = [
-    ((5, 3), (6, 2, 3), ValueError, r"dv: h has N = 6, wanted z's, N = 5"),
-    ((5, 3), (6, 3), ValueError, r"dv: h has N = 6, wanted z's, N = 5"),
-    ((5, 3), (5, 2, 4), ValueError, r"dv: h has U = 4, wanted z's, U = 3"),
-    ((5, 3), (5, 4), ValueError, r"dv: h has U = 4, wanted z's, U = 3"),
-    ((1, 3), (1, 2, 3), ValueError, r"dv: z has N = 1, wanted N >= 2.*no negative pair"),
-    ((0, 3), (0, 2, 3), ValueError, r"dv: z has N = 0, wanted N >= 2"),
-    ((5, 3), (5, 0, 3), ValueError, r"dv: h has shape \(5, 0, 3\), wanted no empty dimension"),
-    ((5, 0), (5, 2, 0), ValueError, r"dv: h has shape \(5, 2, 0\), wanted no empty dimension"),
-    ((5,), (5, 2, 3), ValueError, r"dv: z has shape \(5,\), wanted \(N, U\)"),
-    ((5, 2, 3), (5, 2, 3), ValueError, r"dv: z has shape \(5, 2, 3\), wanted \(N, U\)"),
-    ((5, 3), (5,), ValueError, r"dv: h has shape \(5,\), wanted \(N, P, U\) or \(N, U\)"),
-    ((5, 3), (5, 2, 2, 3), ValueError, r"dv: h has shape \(5, 2, 2, 3\), wanted \(N, P, U\)"),
-]
-
-
-@pytest.mark.parametrize(("z_shape", "h_shape", "error", "message"), BAD_INPUTS)
-@both_impls
-def test_bad_shapes(
-    impl: str,
-    z_shape: tuple[int, ...],
-    h_shape: tuple[int, ...],
-    error: type[Exception],
-    message: str,
-) -> None:
-    with pytest.raises(error, match=message):
-        functional.dv(torch.zeros(z_shape), torch.zeros(h_shape), impl=impl)
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
-def test_bad_dtypes(dtype: torch.dtype) -> None:
-    with pytest.raises(TypeError, match=f"dv: z has dtype {dtype}, wanted a float dtype"):
-        functional.dv(torch.zeros(5, 3, dtype=dtype), torch.zeros(5, 3, dtype=dtype))
-    with pytest.raises(TypeError, match=f"dv: h has dtype {dtype}, wanted z's, torch.float32"):
-        functional.dv(torch.zeros(5, 3), torch.zeros(5, 3, dtype=dtype))
-
-
-def test_dtypes_that_differ() -> None:
-    z, h = features(5, 2, 3)
-    with pytest.raises(TypeError, match=r"h has dtype torch.float64, wanted z's, torch.float32"):
-        functional.dv(z, h.double())
-
-
-def test_devices_that_differ() -> None:
-    z, h = features(5, 2, 3)
-    with pytest.raises(ValueError, match="dv: h is on meta, wanted z's device, cpu"):
-        functional.dv(z, h.to("meta"))
-
-
-def test_unknown_diagonal() -> None:
-    with pytest.raises(ValueError, match=r"dv: diagonal is 'keep', wanted one of .*exclude.*zero"):
-        functional.dv(*features(5, 2, 3), diagonal="keep")
+        OPS.critic_stats_fwd(x[:, None], x[:, None, None], LSE, TAU, False)

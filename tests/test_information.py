@@ -58,7 +58,10 @@ def test_evaluation_is_the_mean_over_equal_batches() -> None:
     x = images(50, 0)
     found = evaluate_critic(encoder, critic, x, SMALL, attack=None)
     parts = [x[:20], x[20:40]]
-    wanted = [reference.dv(critic.global_(encoder(v)), critic.local(v)).item() for v in parts]
+    wanted = [
+        reference.dv(reference.scores(critic.global_(encoder(v)), critic.local(v))).item()
+        for v in parts
+    ]
     assert found.batches == pytest.approx(wanted, rel=1e-4)
     assert found.mean == pytest.approx(sum(wanted) / 2, rel=1e-4)
     assert found.standard_error == pytest.approx(abs(wanted[0] - wanted[1]) / 2, rel=1e-3)
@@ -112,7 +115,7 @@ def test_a_trained_critic_is_a_better_start_and_is_not_changed() -> None:
     start = loop.new_critic(4, 16, SHAPE)
     for _ in range(60):
         x = images(20, int(torch.randint(1000, ())))
-        value = reference.dv(start.global_(encoder(x)), start.local(x))
+        value = reference.dv(reference.scores(start.global_(encoder(x)), start.local(x)))
         value.backward()
         for side in start.modules().values():
             for weight in side.parameters():

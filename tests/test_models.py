@@ -5,8 +5,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from authors import PlainGlobalCritic, PlainLocalCritic, copied
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import CIFAR, MNIST, ByLocation, assert_twice_as_good, images, randomised
 from torch import Tensor, nn
 
 from wcmi_fast.models import (
@@ -17,41 +19,6 @@ from wcmi_fast.models import (
     MLPHead,
     OneByOneBlock,
 )
-
-MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
-
-
-def images(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def randomised(module: nn.Module) -> nn.Module:
-    """Give every weight and buffer a value that a mix-up would show."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for tensor in module.state_dict().values():
-            if not tensor.is_floating_point():
-                continue
-            if tensor.ndim == 1:
-                tensor.uniform_(0.5, 1.5, generator=generator)
-            else:
-                tensor.normal_(0, tensor[0].numel() ** -0.5, generator=generator)
-    return module
-
-
-def copied(target: nn.Module, source: nn.Module) -> nn.Module:
-    """Copy source's state by order of registration into a network built otherwise."""
-    ours, theirs = source.state_dict(), target.state_dict()
-    pairs = zip(theirs.items(), ours.values(), strict=True)
-    target.load_state_dict({name: value.reshape(was.shape) for (name, was), value in pairs})
-    return target
-
-
-def assert_twice_as_good(ours: Tensor, torch_same: Tensor, exact: Tensor) -> None:
-    """|ours - f64| <= 2 |torch in the same dtype - f64| + tiny."""
-    assert ours.shape == exact.shape
-    allowed = 2 * (torch_same.double() - exact).abs().max() + 1e-6 * exact.abs().max()
-    assert (ours.double() - exact).abs().max() <= allowed
 
 
 def compare(ours: nn.Module, plain: nn.Module, x: Tensor, *, training: bool) -> None:
@@ -68,50 +35,6 @@ def compare(ours: nn.Module, plain: nn.Module, x: Tensor, *, training: bool) -> 
     assert_twice_as_good(*(grad for _, grad in results))
     for a, b, c in zip(ours.buffers(), plain.buffers(), exact.buffers(), strict=True):
         assert_twice_as_good(a, b, c.double())
-
-
-class PlainBlock(nn.Module):
-    """The 1x1 block as the authors write it: convolutions, and a permutation around LayerNorm."""
-
-    def __init__(self, inputs: int, units: int) -> None:
-        super().__init__()
-        self.a = nn.Conv2d(inputs, units, 1, bias=False)
-        self.bn = nn.BatchNorm2d(units)
-        self.b = nn.Conv2d(units, units, 1)
-        self.shortcut = nn.Conv2d(inputs, units, 1, bias=False)
-        self.ln = nn.LayerNorm(units)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.b(torch.relu(self.bn(self.a(x)))) + self.shortcut(x)
-        return self.ln(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class PlainLocalCritic(nn.Module):
-    def __init__(self, channels: int, units: int, widths: tuple[int, ...]) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for before, after in zip((channels, *widths), widths, strict=False):
-            layers += [
-                nn.Conv2d(before, after, 4, 2, 1, bias=False),
-                nn.BatchNorm2d(after),
-                nn.ReLU(),
-            ]
-        self.layers = nn.Sequential(*layers)
-        self.block = PlainBlock(widths[-1], units)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.block(self.layers(x))
-        return y.flatten(2).transpose(1, 2)
-
-
-class PlainGlobalCritic(nn.Module):
-    def __init__(self, dim: int, units: int) -> None:
-        super().__init__()
-        self.block = PlainBlock(dim, units)
-
-    def forward(self, g: Tensor) -> Tensor:
-        y: Tensor = self.block(g[:, :, None, None])
-        return y[:, :, 0, 0]
 
 
 def plain_baseline(channels: int, flat: int, dim: int) -> nn.Sequential:
@@ -150,13 +73,18 @@ class TestAgainstPlainTorch:
         self, shape: tuple[int, int, int], widths: tuple[int, ...], training: bool
     ) -> None:
         ours = randomised(LocalCritic(shape, units=20, convolutions=len(widths)))
-        plain = PlainLocalCritic(shape[0], 20, widths)
+        plain = ByLocation(PlainLocalCritic(shape[0], 20, widths))
         compare(ours, plain, images(3, *shape), training=training)
 
     @pytest.mark.parametrize("units", [5, 48])
     def test_global_critic(self, units: int, training: bool) -> None:
         ours = randomised(GlobalCritic(12, units=units))
-        compare(ours, PlainGlobalCritic(12, units), images(7, 12), training=training)
+        compare(
+            ours,
+            nn.Sequential(PlainGlobalCritic(12, units), nn.Flatten()),
+            images(7, 12),
+            training=training,
+        )
 
     def test_linear_head(self, training: bool) -> None:
         compare(randomised(LinearHead(12, 5)), nn.Linear(12, 5), images(7, 12), training=training)

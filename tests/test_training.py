@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from wcmi_fast import PGD, reference
+from wcmi_fast import PGD, functional, reference
 from wcmi_fast.models import BaselineH, MLPHead
 from wcmi_fast.models.folding import folded
 from wcmi_fast.training import loop
@@ -140,11 +141,12 @@ def test_critic_grad_decides_which_side_the_attack_sees(
     encoder = BaselineH(SHAPE, dim=4).eval()
     critic = loop.new_critic(4, 8, SHAPE)
     critic = loop.Critic(critic.global_.eval(), critic.local.eval())
-    loss_fn = loop.information_loss(encoder, critic, reference.dv, critic_grad, critic_refresh)  # type: ignore[arg-type]
+    bound = partial(functional.dv, impl="reference")
+    loss_fn = loop.information_loss(encoder, critic, bound, critic_grad, critic_refresh)
     x = images.clone().requires_grad_()
     z_side, h_side = (side.detach() for side in (critic.global_(encoder(x)), critic.local(x)))
-    z_only = -reference.dv(critic.global_(encoder(x)), h_side)
-    h_only = -reference.dv(z_side, critic.local(x))
+    z_only = -reference.dv(reference.scores(critic.global_(encoder(x)), h_side))
+    h_only = -reference.dv(reference.scores(z_side, critic.local(x)))
     (wanted,) = torch.autograd.grad(sides[0] * z_only + sides[1] * h_only, x)
     value = loss_fn(x)
     (found,) = torch.autograd.grad(value, x)

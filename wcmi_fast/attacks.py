@@ -11,13 +11,17 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
-from wcmi_fast.functional.steps import check_budget, linf_step_
+from wcmi_fast._ops import accumulation_dtype
+from wcmi_fast.functional.steps import check_budget, keep_best_, l2_step_, linf_start_, linf_step_
+
+NORMS = ("linf", "l2")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PGD:
-    """Projected gradient ascent in the l-infinity ball around each image (supplement, algorithm 1).
+    """Projected gradient ascent in the ball around each image (supplement, algorithm 1).
 
     The equivalent torch program, with ``origin`` the clean images, run ``steps`` times::
 
@@ -26,10 +30,11 @@ class PGD:
 
     Args:
         eps: radius of the ball, in units of x (0.3 for MNIST in [0, 1]); finite, 0 or more.
-        step_size: length of one step, in units of x; finite, more than 0.
+        step_size: length of one step in the same norm, in units of x; finite, more than 0.
         steps: gradient evaluations per restart, 1 or more.
-        norm: only ``"linf"``.
-        random_start: start each restart uniformly in the ball; the paper starts at x.
+        norm: ``"linf"`` as above, the paper's, or ``"l2"``: each image moves along its normalised
+            gradient and stays in the l2 ball around it (`functional.l2_step_`).
+        random_start: start each restart uniformly in the ball, then clip; the paper starts at x.
         restarts: runs of the attack, 1 or more; more than one needs ``random_start``.
         keep: ``"last"`` keeps the last iterate of a restart, ``"best"`` the iterate of highest
             loss, the start included. Among restarts the one of highest loss is kept (the authors'
@@ -44,7 +49,7 @@ class PGD:
     eps: float
     step_size: float
     steps: int
-    norm: str = "linf"
+    norm: Literal["linf", "l2"] = "linf"
     random_start: bool = False
     restarts: int = 1
     keep: Literal["last", "best"] = "last"
@@ -57,8 +62,8 @@ class PGD:
         check_budget("PGD", self.eps, self.step_size, self.clip)
         _check_count("steps", self.steps)
         _check_count("restarts", self.restarts)
-        if self.norm != "linf":
-            raise ValueError(f"PGD: norm is {self.norm!r}, wanted 'linf'")
+        if self.norm not in NORMS:
+            raise ValueError(f"PGD: norm is {self.norm!r}, wanted 'linf' or 'l2'")
         if not isinstance(self.random_start, bool):
             raise TypeError(f"PGD: random_start is {self.random_start!r}, wanted True or False")
         if self.restarts > 1 and not self.random_start:
@@ -88,7 +93,10 @@ class PGD:
         ``x +- eps`` to the dtype errs by at most half a unit in the last place each; so for clip
         (0, 1) and eps at most 1 the exact difference ``|x_adv - x|`` is at most
         ``eps + torch.finfo(x.dtype).eps / 2``, that is eps + 2**-24 in float32. For values up to B
-        in magnitude it is at most ``eps + (B + eps) * torch.finfo(x.dtype).eps / 2``.
+        in magnitude it is at most ``eps + (B + eps) * torch.finfo(x.dtype).eps / 2``. For norm
+        ``"l2"``, clip (0, 1) and images of D elements the exact l2 norm of ``x_adv - x`` is at most
+        ``eps + sqrt(D) * torch.finfo(x.dtype).eps / 2`` on the cpu back end, which computes it in
+        float64, and a few roundings of eps more elsewhere.
 
         Args:
             loss_fn: images (N, ...) -> the loss to maximise: a scalar, or (N,), one per image.
@@ -123,31 +131,33 @@ class PGD:
     def _run(
         self, loss_fn: Callable[[Tensor], Tensor], origin: Tensor, generator: torch.Generator
     ) -> Tensor:
-        best = _Best(origin, origin.new_full((), -math.inf))
+        step_ = linf_step_ if self.norm == "linf" else l2_step_
+        best: _Best | None = None
         for _ in range(self.restarts):
             x_adv = self._start(origin, generator)
             for _ in range(self.steps):
                 losses, grad = _value_and_grad(loss_fn, x_adv)
                 if self.keep == "best":
-                    best = _keep_best(best, x_adv, losses)
-                linf_step_(
-                    x_adv, grad, origin, eps=self.eps, step_size=self.step_size, clip=self.clip
-                )
+                    best = _keep_best(best, origin, x_adv, losses)
+                step_(x_adv, grad, origin, eps=self.eps, step_size=self.step_size, clip=self.clip)
             if self.keep == "last" and self.restarts == 1:
                 return x_adv
             with torch.no_grad():
-                best = _keep_best(best, x_adv, _losses(loss_fn, x_adv))
+                losses = _losses(loss_fn, x_adv)
+            best = _keep_best(best, origin, x_adv, losses)
+        assert best is not None, "restarts is 1 or more"
         return best.x
 
     def _start(self, origin: Tensor, generator: torch.Generator) -> Tensor:
-        start = origin.clone()
         if not self.random_start:
-            return start
-        # Drawn in index order, so that the start does not depend on the memory format of x.
-        noise = torch.empty(origin.shape, dtype=origin.dtype, device=origin.device)
-        start += noise.uniform_(-self.eps, self.eps, generator=generator)
-        # The sum may round to just outside the ball.
-        return start.clamp_(origin - self.eps, origin + self.eps).clamp_(*self.clip)
+            return origin.clone()
+        if self.norm == "l2":
+            return _l2_start(origin, self.eps, self.clip, generator)
+        # One number of the generator's; linf_start_ makes the same start of it on every device.
+        seed = torch.randint(2**63 - 1, (), generator=generator, device=origin.device)
+        return linf_start_(
+            torch.empty_like(origin), origin, eps=self.eps, seed=int(seed), clip=self.clip
+        )
 
     def _check_images(self, x: Tensor) -> None:
         if not x.is_floating_point():
@@ -216,11 +226,32 @@ class _Best(NamedTuple):
     losses: Tensor
 
 
-def _keep_best(best: _Best, x_adv: Tensor, losses: Tensor) -> _Best:
-    losses = torch.where(losses.isnan(), -math.inf, losses)
-    better = losses > best.losses
-    kept = torch.where(better.reshape(-1, *[1] * (x_adv.ndim - 1)), x_adv, best.x)
-    return _Best(kept, torch.maximum(losses, best.losses))
+def _keep_best(best: _Best | None, origin: Tensor, x_adv: Tensor, losses: Tensor) -> _Best:
+    """Keep x_adv where it is better; at first than the clean images with losses of -inf."""
+    if best is None:
+        lowest = torch.full_like(losses, -math.inf, device=origin.device)
+        best = _Best(origin.clone(), lowest)
+    keep_best_(best.x, best.losses, x_adv, losses.to(best.losses))
+    return best
+
+
+def _l2_start(
+    origin: Tensor, eps: float, clip: tuple[float, float], generator: torch.Generator
+) -> Tensor:
+    """Return a uniform point of each image's l2 ball, clipped.
+
+    The direction of a normal vector is uniform, and so is the D-th power of the radius.
+    """
+    dtype, device = accumulation_dtype(origin.dtype), origin.device
+    # Drawn in index order, so that the start does not depend on the memory format of x.
+    noise = torch.randn(origin.shape, generator=generator, dtype=dtype, device=device)
+    directions = normalize(noise.view(len(origin), -1), dim=1)
+    radii = torch.rand((len(origin), 1), generator=generator, dtype=dtype, device=device)
+    radii = eps * radii ** (1 / directions.shape[1])
+    start = origin.clone()
+    start += (radii * directions).view(origin.shape)
+    # The sum may round to just outside the ball: a step along no gradient projects, and clips.
+    return l2_step_(start, torch.zeros_like(start), origin, eps=eps, step_size=1.0, clip=clip)
 
 
 def _value_and_grad(loss_fn: Callable[[Tensor], Tensor], x_adv: Tensor) -> tuple[Tensor, Tensor]:

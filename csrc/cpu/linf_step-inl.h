@@ -9,99 +9,29 @@
 namespace wcmi {
 namespace WCMI_LEVEL {
 
+#include "storage-inl.h"
+
 static constexpr int64_t kParallelElements = 32768;
-
-template <typename To, typename From>
-static inline To bits_of(From value) {
-  static_assert(sizeof(To) == sizeof(From), "same size");
-  To result;
-  memcpy(&result, &value, sizeof(To));
-  return result;
-}
-
-// A storage type's element, the type that its arithmetic is done in, and the ways between them.
-struct Float32 {
-  typedef float Element;
-  typedef float Wide;
-  static inline Wide widen(Element x) { return x; }
-  static inline Element narrow(Wide x) { return x; }
-};
-
-struct Float64 {
-  typedef double Element;
-  typedef double Wide;
-  static inline Wide widen(Element x) { return x; }
-  static inline Element narrow(Wide x) { return x; }
-};
-
-struct BFloat16 {
-  typedef uint16_t Element;
-  typedef float Wide;
-  static inline Wide widen(Element x) { return bits_of<float>(static_cast<uint32_t>(x) << 16); }
-  static inline Element narrow(Wide x) {
-    const uint32_t bits = bits_of<uint32_t>(x);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return x == x ? static_cast<Element>(rounded) : static_cast<Element>(0x7fc0);
-  }
-};
-
-struct Float16 {
-  typedef uint16_t Element;
-  typedef float Wide;
-  static inline Wide widen(Element x) {
-    const uint32_t magnitude = static_cast<uint32_t>(x & 0x7fffu) << 13;
-    const uint32_t exponent = magnitude & 0x0f800000u;
-    const uint32_t rebias = exponent == 0x0f800000u ? (255u - 31u) << 23 : (127u - 15u) << 23;
-    // A subnormal: with the exponent of 2^-14 the hidden bit is one too many; subtract it.
-    const float subnormal = bits_of<float>(magnitude + (113u << 23)) - bits_of<float>(113u << 23);
-    const uint32_t value = exponent == 0 ? bits_of<uint32_t>(subnormal) : magnitude + rebias;
-    return bits_of<float>(value | (static_cast<uint32_t>(x & 0x8000u) << 16));
-  }
-  static inline Element narrow(Wide x) {
-    const uint32_t bits = bits_of<uint32_t>(x);
-    const uint32_t sign = (bits >> 16) & 0x8000u;
-    const uint32_t magnitude = bits & 0x7fffffffu;
-    const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
-    // Adding 0.5 puts a subnormal half's bits, correctly rounded, at the bottom of the mantissa.
-    const uint32_t subnormal = bits_of<uint32_t>(bits_of<float>(magnitude) + 0.5f) - 0x3f000000u;
-    uint32_t value = magnitude < 0x38800000u ? subnormal : normal;
-    value = magnitude >= 0x477ff000u ? 0x7c00u : value;
-    value = magnitude > 0x7f800000u ? 0x7e00u : value;
-    return static_cast<Element>(value | sign);
-  }
-};
-
-template <typename S>
-static inline typename S::Wide rounded(typename S::Wide x) {
-  return S::widen(S::narrow(x));
-}
-
-// Maximum and minimum that keep a NaN of either side, and `x` when both are equal.
-template <typename T>
-static inline T at_least(T x, T bound) {
-  return x < bound || bound != bound ? bound : x;
-}
-
-template <typename T>
-static inline T at_most(T x, T bound) {
-  return x > bound || bound != bound ? bound : x;
-}
 
 template <typename S>
 static void linf_step_run(typename S::Element* x, const typename S::Element* grad,
                           const typename S::Element* origin, int64_t count, typename S::Wide eps,
                           typename S::Wide step, typename S::Wide lo, typename S::Wide hi) {
   typedef typename S::Wide T;
+  // Torch rounds the step times the sign: 0 for a sign of 0, even if the step rounds to infinity.
+  const T rounded_step = rounded<S>(step);
   for (int64_t i = 0; i < count; ++i) {
     const T g = S::widen(grad[i]);
     const T start = S::widen(x[i]);
     const T centre = S::widen(origin[i]);
-    const T sign = static_cast<T>(g > 0) - static_cast<T>(g < 0);
-    // Rounded after the product: a step beyond the type's range times a sign of 0 is 0, not NaN.
-    T moved = rounded<S>(start + rounded<S>(sign * step));
-    moved = at_least(moved, rounded<S>(centre - eps));
-    moved = at_most(moved, rounded<S>(centre + eps));
+    const T up = g > 0 ? rounded_step : 0;
+    const T down = g < 0 ? rounded_step : 0;
+    const T low = rounded<S>(centre - eps);
+    const T high = rounded<S>(centre + eps);
+    T moved = at_most(at_least(rounded<S>(start + (up - down)), low), high);
     moved = at_most(at_least(moved, lo), hi);
+    // NaN where torch's bounds are: one test here costs less than one at each bound.
+    moved = __builtin_isunordered(low, high) ? low + high : moved;
     x[i] = g == g ? S::narrow(moved) : x[i];
   }
 }

@@ -15,17 +15,29 @@ int supported_levels(SimdLevel* levels) {
   int count = 0;
   levels[count].name = "base";
   base::fill_critic_stats(&levels[count].kernels);
-  base::fill_linf_step(&levels[count++].kernels);
+  base::fill_critic_tail(&levels[count].kernels);
+  base::fill_linf_step(&levels[count].kernels);
+  base::fill_linf_start(&levels[count].kernels);
+  base::fill_l2_step(&levels[count].kernels);
+  base::fill_keep_best(&levels[count++].kernels);
 #if defined(__x86_64__)
   if (has_avx2()) {
     levels[count].name = "avx2";
     avx2::fill_critic_stats(&levels[count].kernels);
-    avx2::fill_linf_step(&levels[count++].kernels);
+    avx2::fill_critic_tail(&levels[count].kernels);
+    avx2::fill_linf_step(&levels[count].kernels);
+    avx2::fill_linf_start(&levels[count].kernels);
+    avx2::fill_l2_step(&levels[count].kernels);
+    avx2::fill_keep_best(&levels[count++].kernels);
   }
   if (has_avx512()) {
     levels[count].name = "avx512";
     avx512::fill_critic_stats(&levels[count].kernels);
-    avx512::fill_linf_step(&levels[count++].kernels);
+    avx512::fill_critic_tail(&levels[count].kernels);
+    avx512::fill_linf_step(&levels[count].kernels);
+    avx512::fill_linf_start(&levels[count].kernels);
+    avx512::fill_l2_step(&levels[count].kernels);
+    avx512::fill_keep_best(&levels[count++].kernels);
   }
 #endif
   return count;

@@ -105,3 +105,35 @@ static inline Vec<T> exp_nonpositive(Vec<T> x) {
   const Vec<T> normal = x < L::kExpUnderflow ? Vec<T>{} : value;
   return x == x ? normal : x;
 }
+
+template <typename T>
+static inline Vec<T> magnitude(Vec<T> x) {
+  return x < T(0) ? -x : x;
+}
+
+// log(1 + e) for 0 <= e <= 1, to full relative accuracy: 2 artanh(s) with s = e / (2 + e) <= 1/3.
+template <typename T>
+static inline Vec<T> log1p_unit(Vec<T> e) {
+  constexpr int kTerms = sizeof(T) == 4 ? 8 : 17;  // s^(2 kTerms + 1) is below the rounding error
+  const Vec<T> s = e / (T(2) + e);
+  const Vec<T> ss = s * s;
+  Vec<T> series = broadcast(T(1) / T(2 * kTerms - 1));
+  for (int k = kTerms - 1; k > 0; --k) series = series * ss + T(1) / T(2 * k - 1);
+  return T(2) * s * series;
+}
+
+// log(1 + exp(x)).
+template <typename T>
+static inline Vec<T> softplus(Vec<T> x) {
+  const Vec<T> positive = x > T(0) ? x : Vec<T>{};
+  const Vec<T> value = positive + log1p_unit<T>(exp_nonpositive<T>(-magnitude<T>(x)));
+  return x == x ? value : x;
+}
+
+// 1 / (1 + exp(-x)).
+template <typename T>
+static inline Vec<T> sigmoid(Vec<T> x) {
+  const Vec<T> e = exp_nonpositive<T>(-magnitude<T>(x));
+  const Vec<T> numerator = x < T(0) ? e : broadcast(T(1));
+  return numerator / (T(1) + e);
+}

@@ -24,7 +24,7 @@ def folded(module: nn.Module) -> nn.Module:
         for part in snapshot.modules():
             if isinstance(part, nn.Sequential):
                 _fold_sequence(part)
-    return snapshot.to(memory_format=torch.channels_last)
+        return snapshot.to(memory_format=torch.channels_last)
 
 
 def _fold_sequence(sequence: nn.Sequential) -> None:

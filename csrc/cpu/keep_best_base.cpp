@@ -1,0 +1,2 @@
+#define WCMI_LEVEL base
+#include "keep_best-inl.h"

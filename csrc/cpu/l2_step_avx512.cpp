@@ -1,0 +1,2 @@
+#define WCMI_LEVEL avx512
+#include "l2_step-inl.h"

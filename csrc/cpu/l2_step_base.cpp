@@ -1,0 +1,2 @@
+#define WCMI_LEVEL base
+#include "l2_step-inl.h"

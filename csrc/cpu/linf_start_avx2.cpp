@@ -1,0 +1,2 @@
+#define WCMI_LEVEL avx2
+#include "linf_start-inl.h"

@@ -1,0 +1,2 @@
+#define WCMI_LEVEL avx512
+#include "linf_start-inl.h"

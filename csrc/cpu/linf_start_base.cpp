@@ -1,0 +1,2 @@
+#define WCMI_LEVEL base
+#include "linf_start-inl.h"
