@@ -15,6 +15,7 @@ N_EDGES = (2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 65)
 P_EDGES = (1, 2, 7, 49, 64)
 U_EDGES = (1, 7, 64)
 LAYOUTS = ("contiguous", "offset", "sliced", "transposed", "expanded")
+IMAGE_LAYOUTS = ("channels_last", "contiguous", "offset", "sliced", "transposed")
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
@@ -31,7 +32,16 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
         return x.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "expanded":
         return x[:1].expand(x.shape)
+    if layout == "channels_last":
+        return x.to(memory_format=torch.channels_last)
     return x.contiguous()
+
+
+def step_operands(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """x near origin, a gradient, and origin, pixels from 0 to 1."""
+    origin = torch.rand(shape)
+    x, grad = origin + 0.1 * torch.randn(shape), torch.randn(shape)
+    return x.to(dtype), grad.to(dtype), origin.to(dtype)
 
 
 def features(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given, settings
 from oracle import DTYPES, EAGER_IMPLS, assert_same_bits, binary, level, plain_keep_best
-from strategies import BestCase, best_cases, lay_out
+from strategies import IMAGE_LAYOUTS, BestCase, best_cases, lay_out
 from torch import Tensor
 
 from wcmi_fast import functional
@@ -99,23 +97,12 @@ def test_thread_count_changes_nothing(shape: tuple[int, ...], dtype: torch.dtype
 # ---- layouts ------------------------------------------------------------------------------------
 
 
-def channels_last(x: Tensor) -> Tensor:
-    return x.to(memory_format=torch.channels_last)
-
-
-LAYOUTS: list[Callable[[Tensor], Tensor]] = [
-    channels_last,
-    *(lambda x, name=name: lay_out(x, name) for name in ("contiguous", "offset", "sliced")),
-    lambda x: lay_out(x, "transposed"),
-]
-
-
 @both_impls
-@pytest.mark.parametrize("of_best", range(len(LAYOUTS)))
-@pytest.mark.parametrize("of_x", range(len(LAYOUTS)))
-def test_memory_layouts(of_best: int, of_x: int, impl: str) -> None:
+@pytest.mark.parametrize("of_best", IMAGE_LAYOUTS)
+@pytest.mark.parametrize("of_x", IMAGE_LAYOUTS)
+def test_memory_layouts(of_best: str, of_x: str, impl: str) -> None:
     best_x, best_value, x, value = batch(6, 4, 5, 3)
-    best_x, x = LAYOUTS[of_best](best_x), LAYOUTS[of_x](x)
+    best_x, x = lay_out(best_x, of_best), lay_out(x, of_x)
     best_value, value = lay_out(best_value, "sliced"), lay_out(value, "sliced")
     strides = best_x.stride()
     check_keep(best_x, best_value, x, value, impl=impl)

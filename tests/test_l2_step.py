@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +14,7 @@ from oracle import (
     level,
     plain_l2_step,
 )
-from strategies import RowsCase, lay_out, rows_cases
+from strategies import IMAGE_LAYOUTS, RowsCase, lay_out, rows_cases, step_operands
 from torch import Tensor
 
 from wcmi_fast import functional
@@ -45,12 +43,6 @@ def check_step(
     error_rule("x", x, plain, oracle, magnitude)
     assert_same_bits(grad, grad_before)
     assert_same_bits(origin, origin_before)
-
-
-def images(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    origin = torch.rand(shape)
-    x, grad = origin + 0.1 * torch.randn(shape), torch.randn(shape)
-    return x.to(dtype), grad.to(dtype), origin.to(dtype)
 
 
 # ---- values -------------------------------------------------------------------------------------
@@ -98,7 +90,7 @@ def test_by_hand(dtype: torch.dtype, impl: str) -> None:
 @both_impls
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_zero_gradient_moves_nothing_inside_the_ball(dtype: torch.dtype, impl: str) -> None:
-    x, grad, origin = images(3, 517, dtype=dtype)
+    x, grad, origin = step_operands(3, 517, dtype=dtype)
     x = x.clamp(*CLIP)
     before, grad[1] = x.clone(), 0
     functional.l2_step_(x, grad, origin, eps=100.0, step_size=1.0, impl=impl)
@@ -115,7 +107,7 @@ def test_a_zero_gradient_moves_nothing_inside_the_ball(dtype: torch.dtype, impl:
 def test_a_nan_in_the_gradient_leaves_its_row_even_outside_ball_and_clip(
     dtype: torch.dtype, impl: str
 ) -> None:
-    x, grad, origin = images(3, 517, dtype=dtype)
+    x, grad, origin = step_operands(3, 517, dtype=dtype)
     x[1, ::2] += 3
     grad[1, 516], grad[1, 3] = NAN, INF
     wanted, before = x.clone(), x[1].clone()
@@ -129,7 +121,7 @@ def test_a_nan_in_the_gradient_leaves_its_row_even_outside_ball_and_clip(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [4, 9, 600])
 def test_infinite_gradients_outweigh_the_rest(size: int, dtype: torch.dtype, impl: str) -> None:
-    x, grad, origin = images(2, size, dtype=dtype)
+    x, grad, origin = step_operands(2, size, dtype=dtype)
     limit = torch.zeros_like(grad)
     for row, column, sign in ((0, 0, 1), (0, size - 1, -1), (1, 2, -1)):
         grad[row, column], limit[row, column] = sign * INF, sign
@@ -142,7 +134,7 @@ def test_infinite_gradients_outweigh_the_rest(size: int, dtype: torch.dtype, imp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("place", ["x", "origin"])
 def test_a_nan_in_x_or_origin_makes_its_row_nan(place: str, dtype: torch.dtype, impl: str) -> None:
-    tensors = dict(zip(("x", "grad", "origin"), images(3, 17, dtype=dtype), strict=True))
+    tensors = dict(zip(("x", "grad", "origin"), step_operands(3, 17, dtype=dtype), strict=True))
     tensors[place][1, 16] = NAN
     x = functional.l2_step_(**tensors, eps=0.1, step_size=0.05, impl=impl)
     assert x.isnan().all(1).tolist() == [False, True, False]
@@ -173,7 +165,7 @@ def test_the_size_of_a_gradient_does_not_matter(
     size: int, dtype: torch.dtype, exponents: tuple[int, ...], impl: str
 ) -> None:
     """Squares of these overflow, or are zeros or subnormal; powers of two keep all bits."""
-    x, grad, origin = images(2, size, dtype=dtype)
+    x, grad, origin = step_operands(2, size, dtype=dtype)
     grad = grad.sign() * (1 + torch.rand(grad.shape)).to(dtype)
     wanted = functional.l2_step_(x.clone(), grad, origin, eps=0.3, step_size=0.25, impl=impl)
     assert (wanted != x.clamp(*CLIP)).any(1).all()
@@ -211,7 +203,7 @@ def test_offsets_whose_squares_leave_the_range(dtype: torch.dtype) -> None:
 @both_impls
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_eps_zero_is_the_origin(dtype: torch.dtype, impl: str) -> None:
-    x, grad, origin = images(3, 129, dtype=dtype)
+    x, grad, origin = step_operands(3, 129, dtype=dtype)
     functional.l2_step_(x, grad, origin, eps=0.0, step_size=0.25, impl=impl)
     assert torch.equal(x, origin)
 
@@ -219,7 +211,7 @@ def test_eps_zero_is_the_origin(dtype: torch.dtype, impl: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 40000), (33, 511), (5, 3, 64, 65), (20000, 1)])
 def test_threads_and_levels_change_no_bit(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x, grad, origin = images(*shape, dtype=dtype)
+    x, grad, origin = step_operands(*shape, dtype=dtype)
     results = []
     before = torch.get_num_threads()
     try:
@@ -237,7 +229,7 @@ def test_threads_and_levels_change_no_bit(shape: tuple[int, ...], dtype: torch.d
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
-    x, grad, origin = images(9, 700)
+    x, grad, origin = step_operands(9, 700)
     alone = x.clone()
     functional.l2_step_(x, grad, origin, eps=0.5, step_size=0.3)
     for n in range(9):
@@ -249,23 +241,13 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
 # ---- layouts ------------------------------------------------------------------------------------
 
 
-def channels_last(x: Tensor) -> Tensor:
-    return x.to(memory_format=torch.channels_last)
-
-
-LAYOUTS: list[Callable[[Tensor], Tensor]] = [
-    channels_last,
-    *(lambda x, name=name: lay_out(x, name) for name in ("contiguous", "offset", "sliced")),
-    lambda x: lay_out(x, "transposed"),
-]
-
-
 @both_impls
-@pytest.mark.parametrize("of_x", range(len(LAYOUTS)))
-@pytest.mark.parametrize("of_grad", range(len(LAYOUTS)))
-def test_memory_layouts(of_x: int, of_grad: int, impl: str) -> None:
-    x, grad, origin = images(3, 4, 5, 6)
-    x, grad, origin = LAYOUTS[of_x](x), LAYOUTS[of_grad](grad), LAYOUTS[of_x - 1](origin)
+@pytest.mark.parametrize("of_x", IMAGE_LAYOUTS)
+@pytest.mark.parametrize("of_grad", IMAGE_LAYOUTS)
+def test_memory_layouts(of_x: str, of_grad: str, impl: str) -> None:
+    x, grad, origin = step_operands(3, 4, 5, 6)
+    of_origin = IMAGE_LAYOUTS[IMAGE_LAYOUTS.index(of_x) - 1]
+    x, grad, origin = lay_out(x, of_x), lay_out(grad, of_grad), lay_out(origin, of_origin)
     strides = x.stride()
     check_step(x, grad, origin, 0.5, 0.3, impl=impl)
     assert x.stride() == strides
@@ -283,13 +265,13 @@ def test_a_slice_is_stepped_and_its_surroundings_are_not() -> None:
 
 
 def test_expanded_gradient_and_origin() -> None:
-    x, grad, origin = images(4, 3, 5, 5)
+    x, grad, origin = step_operands(4, 3, 5, 5)
     check_step(x, grad[:1].expand_as(x), origin[:, :1].expand_as(x), 0.5, 0.3)
 
 
 @both_impls
 def test_expanded_x_is_an_error(impl: str) -> None:
-    x, grad, origin = images(4, 5)
+    x, grad, origin = step_operands(4, 5)
     with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
         functional.l2_step_(x[:1].expand(4, 5), grad, origin, eps=0.1, step_size=0.1, impl=impl)
 
@@ -307,7 +289,7 @@ def test_empty_tensors_and_rows_of_one(shape: tuple[int, ...], impl: str) -> Non
 
 @both_impls
 def test_autograd_sees_that_x_has_changed(impl: str) -> None:
-    x, grad, origin = images(5, 7)
+    x, grad, origin = step_operands(5, 7)
     loss = (x * torch.ones(7, requires_grad=True)).sum()
     functional.l2_step_(x, grad, origin, eps=0.1, step_size=0.1, impl=impl)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -316,7 +298,7 @@ def test_autograd_sees_that_x_has_changed(impl: str) -> None:
 
 @both_impls
 def test_the_step_has_no_gradient(impl: str) -> None:
-    x, grad, origin = images(5, 7)
+    x, grad, origin = step_operands(5, 7)
     leaf = x.clone().requires_grad_()
     grad, origin = grad.requires_grad_(), origin.requires_grad_()
     functional.l2_step_(x, grad, origin, eps=0.5, step_size=0.3, impl=impl)
@@ -330,12 +312,12 @@ def test_the_step_has_no_gradient(impl: str) -> None:
 @both_impls
 def test_inference_mode(impl: str) -> None:
     with torch.inference_mode():
-        check_step(*images(5, 7), 0.5, 0.3, impl=impl)
+        check_step(*step_operands(5, 7), 0.5, 0.3, impl=impl)
 
 
 @both_impls
 def test_autocast_changes_nothing(impl: str) -> None:
-    x, grad, origin = images(5, 7)
+    x, grad, origin = step_operands(5, 7)
     wanted = functional.l2_step_(x.clone(), grad, origin, eps=0.5, step_size=0.3, impl=impl)
     with torch.autocast("cpu", torch.bfloat16):
         functional.l2_step_(x, grad, origin, eps=0.5, step_size=0.3, impl=impl)
@@ -349,7 +331,7 @@ def test_compiles_as_one_graph(impl: str) -> None:
             functional.l2_step_(x, grad, origin, eps=0.5, step_size=0.3, impl=impl)
         return x + 1
 
-    x, grad, origin = images(5, 7)
+    x, grad, origin = step_operands(5, 7)
     wanted = x.clone()
     two_steps(wanted, grad, origin)
     torch._dynamo.reset()
@@ -362,7 +344,7 @@ def test_compiles_as_one_graph(impl: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "sliced"])
 def test_opcheck(layout: str, dtype: torch.dtype) -> None:
-    x, grad, origin = (lay_out(t, layout) for t in images(5, 7, dtype=dtype))
+    x, grad, origin = (lay_out(t, layout) for t in step_operands(5, 7, dtype=dtype))
     torch.library.opcheck(
         torch.ops.wcmi_fast.l2_step_.default, (x, grad, origin, 0.5, 0.3, 0.0, 1.0)
     )
@@ -388,7 +370,7 @@ BAD_ARGUMENTS = [
 def test_bad_arguments_leave_x_as_it_was(
     bad: dict[str, object], error: type[Exception], message: str
 ) -> None:
-    x, grad, origin = images(5, 7)
+    x, grad, origin = step_operands(5, 7)
     before = x.clone()
     with pytest.raises(error, match="l2_step_: " + message):
         functional.l2_step_(x, grad, origin, **{"eps": 0.1, "step_size": 0.1, **bad})
@@ -411,7 +393,7 @@ def test_tensors_that_disagree(name: str) -> None:
 
 @both_impls
 def test_an_x_that_cannot_be_stepped(impl: str) -> None:
-    x, grad, origin = images(5, 7)
+    x, grad, origin = step_operands(5, 7)
     numbers = {"eps": 0.1, "step_size": 0.1, "impl": impl}
     scalar, whole = torch.tensor(0.5), torch.zeros(2, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"l2_step_: x has shape \(\), wanted \(N, ...\)"):

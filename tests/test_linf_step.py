@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from oracle import DTYPES, EAGER_IMPLS, assert_same_bits, binary, level, plain_linf_step
-from strategies import STEP_BLOCK_SIZES, StepCase, lay_out, step_cases
+from strategies import IMAGE_LAYOUTS, STEP_BLOCK_SIZES, StepCase, lay_out, step_cases, step_operands
 from torch import Tensor
 
 from wcmi_fast import functional
@@ -40,12 +39,6 @@ def check_step(
     assert_same_bits(origin, origin_before)
 
 
-def pixels(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    origin = torch.rand(shape)
-    x, grad = origin + 0.1 * torch.randn(shape), torch.randn(shape)
-    return x.to(dtype), grad.to(dtype), origin.to(dtype)
-
-
 # ---- bits ---------------------------------------------------------------------------------------
 
 
@@ -62,7 +55,7 @@ def test_bits_of_torch_at_every_level(case: StepCase) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", STEP_BLOCK_SIZES)
 def test_thread_count_changes_no_bit(size: int, dtype: torch.dtype) -> None:
-    x, grad, origin = pixels(size, dtype=dtype)
+    x, grad, origin = step_operands(size, dtype=dtype)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
@@ -119,7 +112,7 @@ def test_by_hand(dtype: torch.dtype, impl: str) -> None:
 def test_a_nan_gradient_leaves_the_pixel_even_outside_ball_and_clip(
     dtype: torch.dtype, impl: str
 ) -> None:
-    x, _, origin = pixels(67, dtype=dtype)
+    x, _, origin = step_operands(67, dtype=dtype)
     x[::2] += 3
     before = x.clone()
     functional.linf_step_(x, torch.full_like(x, NAN), origin, eps=0.01, step_size=0.1, impl=impl)
@@ -129,7 +122,7 @@ def test_a_nan_gradient_leaves_the_pixel_even_outside_ball_and_clip(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("eps", [0.0, 1e-8, 1e-3])
 def test_small_balls(eps: float, dtype: torch.dtype) -> None:
-    x, grad, origin = pixels(129, dtype=dtype)
+    x, grad, origin = step_operands(129, dtype=dtype)
     check_step(x, grad, origin, eps, 0.25)
     # Within eps of origin up to the rounding of the face; eps = 0 is origin itself.
     assert ((x.double() - origin.double()).abs() <= eps + torch.finfo(dtype).eps / 2).all()
@@ -139,7 +132,7 @@ def test_small_balls(eps: float, dtype: torch.dtype) -> None:
 
 def test_steps_beyond_the_range_of_half_precision() -> None:
     # 1e5 is inf in float16; inf times a sign of 0 would be NaN.
-    x, grad, origin = pixels(67, dtype=torch.float16)
+    x, grad, origin = step_operands(67, dtype=torch.float16)
     grad[::3] = 0
     check_step(x, grad, origin, 0.1, 1e5)
     assert x.isfinite().all()
@@ -160,23 +153,12 @@ def test_values_at_the_ends_of_clip_and_ball(dtype: torch.dtype) -> None:
 # ---- layouts ------------------------------------------------------------------------------------
 
 
-def channels_last(x: Tensor) -> Tensor:
-    return x.to(memory_format=torch.channels_last)
-
-
-LAYOUTS: list[Callable[[Tensor], Tensor]] = [
-    channels_last,
-    *(lambda x, name=name: lay_out(x, name) for name in ("contiguous", "offset", "sliced")),
-    lambda x: lay_out(x, "transposed"),
-]
-
-
-@pytest.mark.parametrize("of_x", range(len(LAYOUTS)))
-@pytest.mark.parametrize("of_grad", range(len(LAYOUTS)))
-@pytest.mark.parametrize("of_origin", [0, 1, 3])
-def test_memory_layouts(of_x: int, of_grad: int, of_origin: int) -> None:
-    x, grad, origin = pixels(3, 4, 5, 6)
-    x, grad, origin = LAYOUTS[of_x](x), LAYOUTS[of_grad](grad), LAYOUTS[of_origin](origin)
+@pytest.mark.parametrize("of_x", IMAGE_LAYOUTS)
+@pytest.mark.parametrize("of_grad", IMAGE_LAYOUTS)
+@pytest.mark.parametrize("of_origin", ["channels_last", "contiguous", "sliced"])
+def test_memory_layouts(of_x: str, of_grad: str, of_origin: str) -> None:
+    x, grad, origin = step_operands(3, 4, 5, 6)
+    x, grad, origin = lay_out(x, of_x), lay_out(grad, of_grad), lay_out(origin, of_origin)
     strides = x.stride()
     check_step(x, grad, origin, 0.1, 0.05)
     assert x.stride() == strides
@@ -195,19 +177,19 @@ def test_a_slice_is_stepped_and_its_surroundings_are_not() -> None:
 
 
 def test_expanded_gradient_and_origin() -> None:
-    x, grad, origin = pixels(4, 3, 5, 5)
+    x, grad, origin = step_operands(4, 3, 5, 5)
     check_step(x, grad[:1].expand_as(x), origin[:, :1].expand_as(x), 0.1, 0.05)
 
 
 @both_impls
 def test_expanded_x_is_an_error(impl: str) -> None:
-    x, grad, origin = pixels(4, 5)
+    x, grad, origin = step_operands(4, 5)
     with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
         functional.linf_step_(x[:1].expand(4, 5), grad, origin, eps=0.1, step_size=0.1, impl=impl)
 
 
 def test_x_may_be_its_own_origin_or_gradient() -> None:
-    x, grad, _ = pixels(40000)
+    x, grad, _ = step_operands(40000)
     wanted = plain_linf_step(x, grad, x, 0.1, 0.05, CLIP)
     assert_same_bits(functional.linf_step_(x, grad, x, eps=0.1, step_size=0.05), wanted)
     wanted = plain_linf_step(x, x, x, 0.1, 0.05, CLIP)
@@ -227,7 +209,7 @@ def test_empty_and_scalar_tensors(shape: tuple[int, ...], impl: str) -> None:
 
 @both_impls
 def test_autograd_sees_that_x_has_changed(impl: str) -> None:
-    x, grad, origin = pixels(5, 7)
+    x, grad, origin = step_operands(5, 7)
     weight = torch.ones(7, requires_grad=True)
     loss = (x * weight).sum()
     functional.linf_step_(x, grad, origin, eps=0.1, step_size=0.1, impl=impl)
@@ -237,7 +219,7 @@ def test_autograd_sees_that_x_has_changed(impl: str) -> None:
 
 @both_impls
 def test_the_step_has_no_gradient(impl: str) -> None:
-    x, grad, origin = pixels(5, 7)
+    x, grad, origin = step_operands(5, 7)
     wanted = plain_linf_step(x, grad, origin, 0.1, 0.05, CLIP)
     functional.linf_step_(
         x, grad.requires_grad_(), origin.requires_grad_(), eps=0.1, step_size=0.05, impl=impl
@@ -248,7 +230,7 @@ def test_the_step_has_no_gradient(impl: str) -> None:
 
 @both_impls
 def test_a_leaf_under_no_grad(impl: str) -> None:
-    x, grad, origin = pixels(5, 7)
+    x, grad, origin = step_operands(5, 7)
     wanted = plain_linf_step(x, grad, origin, 0.1, 0.05, CLIP)
     x.requires_grad_()
     with torch.no_grad():
@@ -260,12 +242,12 @@ def test_a_leaf_under_no_grad(impl: str) -> None:
 @both_impls
 def test_inference_mode(impl: str) -> None:
     with torch.inference_mode():
-        check_step(*pixels(5, 7), 0.1, 0.05, impl=impl)
+        check_step(*step_operands(5, 7), 0.1, 0.05, impl=impl)
 
 
 @both_impls
 def test_autocast_changes_nothing(impl: str) -> None:
-    x, grad, origin = pixels(5, 7)
+    x, grad, origin = step_operands(5, 7)
     wanted = plain_linf_step(x, grad, origin, 0.1, 0.05, CLIP)
     with torch.autocast("cpu", torch.bfloat16):
         functional.linf_step_(x, grad, origin, eps=0.1, step_size=0.05, impl=impl)
@@ -278,7 +260,7 @@ def check_compiled(backend: str, impl: str) -> None:
             functional.linf_step_(x, grad, origin, eps=0.1, step_size=0.07, impl=impl)
         return x + 1
 
-    x, grad, origin = pixels(5, 7)
+    x, grad, origin = step_operands(5, 7)
     wanted = plain_linf_step(x, grad, origin, 0.1, 0.07, CLIP)
     wanted = plain_linf_step(wanted, grad, origin, 0.1, 0.07, CLIP)
     torch._dynamo.reset()
@@ -302,7 +284,7 @@ def test_compiles_with_inductor(impl: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "sliced"])
 def test_opcheck(layout: str, dtype: torch.dtype) -> None:
-    x, grad, origin = (lay_out(t, layout) for t in pixels(5, 7, dtype=dtype))
+    x, grad, origin = (lay_out(t, layout) for t in step_operands(5, 7, dtype=dtype))
     torch.library.opcheck(
         torch.ops.wcmi_fast.linf_step_.default, (x, grad, origin, 0.1, 0.05, 0.0, 1.0)
     )
@@ -342,7 +324,7 @@ BAD_NUMBERS = [
 @both_impls
 @pytest.mark.parametrize(("bad", "message"), BAD_NUMBERS)
 def test_bad_numbers_leave_x_as_it_was(bad: dict[str, float], message: str, impl: str) -> None:
-    x, grad, origin = pixels(5, 7)
+    x, grad, origin = step_operands(5, 7)
     before = x.clone()
     with pytest.raises(ValueError, match=message):
         functional.linf_step_(
@@ -375,6 +357,6 @@ def test_integer_tensors(dtype: torch.dtype) -> None:
 
 @both_impls
 def test_an_x_that_requires_grad(impl: str) -> None:
-    x, grad, origin = pixels(5, 7)
+    x, grad, origin = step_operands(5, 7)
     with pytest.raises(ValueError, match=r"x requires grad, wanted x.detach\(\)"):
         functional.linf_step_(x.requires_grad_(), grad, origin, eps=0.1, step_size=0.1, impl=impl)
