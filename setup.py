@@ -1,8 +1,8 @@
 """Drives CMake: builds wcmi_fast/_cpu and, where nvcc is found, wcmi_fast/_cuda.
 
 WCMI_FAST_CUDA=auto (default) builds csrc/cuda when nvcc is found and warns if that fails;
-1 makes a failure fatal; 0 skips it. CMakeLists.txt and
-csrc/cpu/kernels.cmake hold every source and flag.
+1 makes a failure fatal; 0 skips it. CMakeLists.txt and csrc/cpu/kernels.cmake hold every source and
+flag.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def _comparable(results: list[Tensor]) -> list[Tensor]:
 
 
 @both_threads
-@pytest.mark.parametrize("units", UNITS)
+@pytest.mark.parametrize("units", [256, dot_critic.TRIANGULAR_UNITS, 2048])
 def bench_attack_forward(benchmark: Any, units: int, threads: int) -> None:
     """To scores, without gradients; making the view is not part of it, as of no attack step."""
     ours, plain = (module.eval() for module in critics(units))
@@ -223,9 +223,10 @@ def bench_attack_backward(benchmark: Any, units: int, threads: int) -> None:
 
 
 @both_threads
-def bench_freezing(benchmark: Any, threads: int) -> None:
+@pytest.mark.parametrize("units", [dot_critic.TRIANGULAR_UNITS, 2048])
+def bench_freezing(benchmark: Any, units: int, threads: int) -> None:
     """What making a view costs, once per attack, and asking whether it is stale, once per call."""
-    ours = critics(UNITS[-1])[0].eval()
+    ours = critics(units)[0].eval()
     view, g = ours.frozen(), operands()[0]
     x = operands()[1]
 
@@ -234,7 +235,7 @@ def bench_freezing(benchmark: Any, threads: int) -> None:
 
     case = Case(
         op="critic_tail",
-        sizes={"mode": "freezing", "U": UNITS[-1]},
+        sizes={"mode": "freezing", "U": units},
         variants={
             "ours": ours.frozen,
             "no factor": lambda: ours.frozen(triangular=False),

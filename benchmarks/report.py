@@ -150,6 +150,11 @@ def op_tables(records: list[Record]) -> str:
     return f"{judged}\n\n{measured}" if ratios else measured
 
 
+def without_folders(command: str) -> str:
+    """Leave away the folders of absolute paths, which say nothing on another machine."""
+    return re.sub(r"(^|[\s='\"])/\S*/", r"\1", command)
+
+
 def provenance(records: list[Record]) -> str:
     """Say by which command, on what and when the figures were made."""
     found = [record.environment for record in records]
@@ -159,7 +164,7 @@ def provenance(records: list[Record]) -> str:
         for environment in found
     )
     facts = {
-        "command": union([f"`{environment.command}`"] for environment in found),
+        "command": union([f"`{without_folders(environment.command)}`"] for environment in found),
         "commit": union([environment.commit] for environment in found),
         "processor": union([environment.cpu] for environment in found),
         "SIMD level": union([environment.simd] for environment in found),

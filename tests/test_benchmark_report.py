@@ -140,6 +140,11 @@ def test_provenance(page: Path) -> None:
     assert "- versions: torch 2.6.0, wcmi_fast 0.1.0" in lines
 
 
+def test_folders_of_the_machine_are_left_away() -> None:
+    command = "python /home/me/run.py --json=/tmp/a/b.json -k 'x/y' benchmarks/c"
+    assert report.without_folders(command) == "python run.py --json=b.json -k 'x/y' benchmarks/c"
+
+
 def test_plots_are_written_and_shown(page: Path) -> None:
     plots = sorted(path.name for path in page.parent.glob("*.png"))
     # Of two threads there is one N, of linf_step too: nothing grows there.
