@@ -24,7 +24,6 @@ from cases import (
 from torch import Tensor
 
 from wcmi_fast import functional, reference
-from wcmi_fast.backends import memory
 
 SIZES = [(64, 1, 64), (128, 49, 512), (128, 64, 2048), (512, 1, 2048), (1024, 49, 64)]
 PAPER = (128, 64, 2048)
@@ -195,38 +194,6 @@ def bench_three_bounds(benchmark: Any, names: tuple[str, ...], threads: int) -> 
             "eager / ours": Against("eager", "higher"),
         },
         flop=2.0 * n * n * p * u,
-    )
-    measure(benchmark, case, threads)
-
-
-@both_threads
-def bench_large_pages(benchmark: Any, threads: int) -> None:
-    """The gradient of h, 64 MiB, in large pages or in small ones."""
-    n, p, u = PAPER
-    z, h = (x.requires_grad_() for x in operands(*PAPER))
-
-    def ours() -> tuple[Tensor, ...]:
-        return gradients(functional.dv, z, h)
-
-    def in_small_pages() -> tuple[Tensor, ...]:
-        kept, memory.HUGE_BYTES = memory.HUGE_BYTES, h.nbytes + 1
-        try:
-            return ours()
-        finally:
-            memory.HUGE_BYTES = kept
-
-    def check() -> None:
-        assert h.nbytes >= memory.HUGE_BYTES
-        check_twice(ours(), gradients(partial(eager, "dv"), z, h), exact("dv", z, h, 2))
-        torch.testing.assert_close(in_small_pages(), ours(), rtol=0, atol=0)
-
-    case = Case(
-        op="critic_stats",
-        sizes={"bound": "dv", "to": "z, h", "pages": "large", "N": n, "P": p, "U": u},
-        variants={"ours": ours, "small pages": in_small_pages},
-        check=check,
-        ratios={"small pages / ours": Against("small pages", "higher")},
-        rounds=15,
     )
     measure(benchmark, case, threads)
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-# From this size on glibc maps a block of its own, so that the advice ends with the block.
+# From this size on glibc maps a block of its own, with which the advice ends, unless it has so large
+# a block free already: then what it hands out may keep large pages.
 HUGE_BYTES = 32 << 20
 
 _MADV_HUGEPAGE = 14
@@ -18,8 +19,7 @@ _madvise = getattr(ctypes.CDLL(None), "madvise", None)
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """Return an uninitialised tensor, of large pages where it is large and the system allows it.
 
-    A new block costs a page fault for each 4 KiB at its first writing: for the critic's features a
-    twentieth of the time of the products that fill them (docs/benchmarks.md).
+    A new block costs a page fault for each 4 KiB at its first writing, or for each 2 MiB.
     """
     result = like.new_empty(shape)
     if result.nbytes >= HUGE_BYTES and result.device.type == "cpu" and _madvise is not None:
