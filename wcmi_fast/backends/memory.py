@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-# From this size on glibc maps a block of its own, with which the advice ends, unless it has so large
-# a block free already: then what it hands out may keep large pages.
+# From this size on glibc maps a block of its own, with which the advice ends, unless it has one as
+# large free already: then what it hands out later may keep large pages.
 HUGE_BYTES = 32 << 20
 
 _MADV_HUGEPAGE = 14
