@@ -102,9 +102,34 @@ WCMI_DECLARE_LEVEL(avx2)
 WCMI_DECLARE_LEVEL(avx512)
 #undef WCMI_DECLARE_LEVEL
 
-// CUDA: the address of x, grad and origin on `device`; returns a cudaError_t, 0 when launched.
+// CUDA: addresses on `device`, work on `stream`; each returns a cudaError_t, 0 when launched.
+// `stats` and `d` are contiguous (1 + S, N, P): the positives, and the S statistics of `which`, in
+// the order of its bits (wcmi_fast/_ops.py), or their gradients; float, or double for double.
+int critic_stats_fwd_cuda(const void* z, const void* h, int64_t N, int64_t P, int64_t U, int dtype,
+                          int which, double tau, void* stats, int device, void* stream);
+// dz and dh may be null; workspace: critic_stats_bwd_parts(N, P) N U sums, where dz is not.
+int critic_stats_bwd_cuda(const void* d, const void* z, const void* h, const void* lse, int64_t N,
+                          int64_t P, int64_t U, int dtype, int which, void* dz, void* dh,
+                          void* workspace, int device, void* stream);
+static constexpr int64_t critic_stats_bwd_parts(int64_t N, int64_t P) {
+  const int64_t parts = N * P / 128;
+  return parts < 1 ? 1 : (parts > 64 ? 64 : parts);
+}
+int score_stats_fwd_cuda(const void* scores, int64_t N, int64_t P, int dtype, int which, double tau,
+                         void* stats, int device, void* stream);
+int score_stats_bwd_cuda(const void* d, const void* scores, const void* lse, int64_t N, int64_t P,
+                         int dtype, int which, void* dscores, int device, void* stream);
+int dv_value_cuda(const void* positives, const void* lse, int64_t N, int64_t P, bool zero_diagonal,
+                  int dtype, void* value, void* dlse, int device, void* stream);
 int linf_step_cuda(void* x, const void* grad, const void* origin, int64_t count, int dtype,
                    double eps, double step_size, double lo, double hi, int device, void* stream);
+int linf_start_cuda(void* x, const void* origin, int64_t count, int dtype, double eps, int64_t seed,
+                    double lo, double hi, int device, void* stream);
+int l2_step_cuda(void* x, const void* grad, const void* origin, int64_t rows, int64_t size,
+                 int dtype, double eps, double step_size, double lo, double hi, int device,
+                 void* stream);
+int keep_best_cuda(void* best_x, void* best_value, const void* x, const void* value, int64_t rows,
+                   int64_t row_bytes, int value_dtype, int device, void* stream);
 const char* cuda_error_text(int error);
 
 }  // namespace wcmi

@@ -26,8 +26,8 @@ def test_info_tells_what_works(args: tuple[str, ...], tmp_path: Path) -> None:
     assert wcmi_fast.__version__ in done.stdout
     assert f"{cpu.simd_levels()[1]} of base" in done.stdout
     text = " ".join(done.stdout.split())
-    assert f"ready: {', '.join(cpu.OPERATORS)}" in text
-    assert "missing: wcmi_fast has no triton kernels yet" in text
+    assert f"ready: {', '.join(cpu.BACKEND.operators)}" in text
+    assert "critic_stats on cuda" in text
 
 
 def test_info_names_every_back_end() -> None:
@@ -38,9 +38,10 @@ def test_info_names_every_back_end() -> None:
 def test_info_does_not_call_cuda_ready_where_there_is_no_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(registry, "missing", lambda backend: None)
+    present = registry.BACKENDS["cuda"]._replace(missing=None, operators=("linf_step_",))
+    monkeypatch.setitem(registry.BACKENDS, "cuda", present)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    wanted = "built (linf_step_), but torch sees no GPU"
+    wanted = "installed (linf_step_), but torch sees no GPU"
     assert dict(diagnosis.lines())["back end cuda"] == wanted
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert dict(diagnosis.lines())["back end cuda"] == "ready: linf_step_"

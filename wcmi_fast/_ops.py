@@ -1,7 +1,8 @@
 """Every operator's schema and fake; kernels are in backends/, one per operator and back end.
 
-An operator takes contiguous tensors that functional/ has checked, and has no autograd of its
-own: the differentiable functions are in functional/.
+An operator takes contiguous tensors that functional/ has checked, and the name of the back end that
+registry.choose has found. It has no autograd of its own: the differentiable functions are in
+functional/.
 """
 
 from __future__ import annotations
@@ -23,45 +24,52 @@ STATISTICS = (LSE, SOFTPLUS, CLAMPED_LSE, SUM, SQUARE)
 # stats (1 + S, N, P): the positives and the S statistics of `which`; scores (N, N, P) or empty: T,
 # kept for the backward pass when asked.
 LIBRARY.define(
-    "critic_stats_fwd(Tensor z, Tensor h, int which, float tau, bool keep_scores)"
+    "critic_stats_fwd(Tensor z, Tensor h, int which, float tau, bool keep_scores, str impl)"
     " -> (Tensor stats, Tensor scores)"
 )
 # dstats: one (N, P) for each of stats; dz (N, U), dh (N, P, U); one not needed comes back empty.
 LIBRARY.define(
     "critic_stats_bwd(Tensor[] dstats, Tensor z, Tensor h, Tensor lse, Tensor scores, int which,"
-    " bool need_dz, bool need_dh) -> (Tensor dz, Tensor dh)"
+    " bool need_dz, bool need_dh, str impl) -> (Tensor dz, Tensor dh)"
 )
 # dv from positives (N, P) and lse (N, P); dlse (N, P) is its gradient.
 LIBRARY.define(
-    "dv_value(Tensor positives, Tensor lse, bool zero_diagonal) -> (Tensor value, Tensor dlse)"
+    "dv_value(Tensor positives, Tensor lse, bool zero_diagonal, str impl)"
+    " -> (Tensor value, Tensor dlse)"
 )
 # The same statistics of given scores (N, N, P).
-LIBRARY.define("score_stats_fwd(Tensor scores, int which, float tau) -> Tensor")
-LIBRARY.define("score_stats_bwd(Tensor[] dstats, Tensor scores, Tensor lse, int which) -> Tensor")
+LIBRARY.define("score_stats_fwd(Tensor scores, int which, float tau, str impl) -> Tensor")
+LIBRARY.define(
+    "score_stats_bwd(Tensor[] dstats, Tensor scores, Tensor lse, int which, str impl) -> Tensor"
+)
 # The critic's 1x1 block on rows (R, C), batch norm folded into w1 and b1, without the affine part
 # of its layer norm: features (R, tail_width(U)), of which the columns from U on are 1, 0, 0, ...
 LIBRARY.define(
-    "critic_tail_fwd(Tensor rows, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor s, float eps)"
-    " -> (Tensor features, Tensor rstd)"
+    "critic_tail_fwd(Tensor rows, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor s, float eps,"
+    " str impl) -> (Tensor features, Tensor rstd)"
 )
 LIBRARY.define(
     "critic_tail_bwd(Tensor dfeatures, Tensor features, Tensor rstd, Tensor rows, Tensor w1,"
-    " Tensor b1, Tensor w2, Tensor s, bool need_weights)"
+    " Tensor b1, Tensor w2, Tensor s, bool need_weights,"
+    " str impl)"
     " -> (Tensor drows, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor ds)"
 )
 LIBRARY.define(
     "linf_step_(Tensor(a!) x, Tensor grad, Tensor origin, float eps, float step_size,"
-    " float lo, float hi) -> ()"
+    " float lo, float hi, str impl) -> ()"
 )
 LIBRARY.define(
-    "linf_start_(Tensor(a!) x, Tensor origin, float eps, int seed, float lo, float hi) -> ()"
+    "linf_start_(Tensor(a!) x, Tensor origin, float eps, int seed, float lo, float hi, str impl)"
+    " -> ()"
 )
 LIBRARY.define(
     "l2_step_(Tensor(a!) x, Tensor grad, Tensor origin, float eps, float step_size,"
-    " float lo, float hi) -> ()"
+    " float lo, float hi, str impl) -> ()"
 )
 # best_x and x (N, ...), values (N,), or () where the batch is one row.
-LIBRARY.define("keep_best_(Tensor(a!) best_x, Tensor(b!) best_value, Tensor x, Tensor value) -> ()")
+LIBRARY.define(
+    "keep_best_(Tensor(a!) best_x, Tensor(b!) best_value, Tensor x, Tensor value, str impl) -> ()"
+)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -75,7 +83,9 @@ def asked(which: int) -> list[int]:
 
 
 @torch.library.register_fake("wcmi_fast::critic_stats_fwd", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _(z: Tensor, h: Tensor, which: int, tau: float, keep_scores: bool) -> tuple[Tensor, Tensor]:
+def _(
+    z: Tensor, h: Tensor, which: int, tau: float, keep_scores: bool, impl: str
+) -> tuple[Tensor, Tensor]:
     n, p, _ = h.shape
     dtype = accumulation_dtype(z.dtype)
     scores = z.new_empty((n, n, p) if keep_scores else (0,), dtype=dtype)
@@ -92,24 +102,25 @@ def _(
     which: int,
     need_dz: bool,
     need_dh: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     return z.new_empty(z.shape if need_dz else (0,)), h.new_empty(h.shape if need_dh else (0,))
 
 
 @torch.library.register_fake("wcmi_fast::dv_value", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _(positives: Tensor, lse: Tensor, zero_diagonal: bool) -> tuple[Tensor, Tensor]:
+def _(positives: Tensor, lse: Tensor, zero_diagonal: bool, impl: str) -> tuple[Tensor, Tensor]:
     return positives.new_empty(()), lse.new_empty(lse.shape)
 
 
 @torch.library.register_fake("wcmi_fast::score_stats_fwd", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _(scores: Tensor, which: int, tau: float) -> Tensor:
+def _(scores: Tensor, which: int, tau: float, impl: str) -> Tensor:
     n, _, p = scores.shape
     shape = (1 + len(asked(which)), n, p)
     return scores.new_empty(shape, dtype=accumulation_dtype(scores.dtype))
 
 
 @torch.library.register_fake("wcmi_fast::score_stats_bwd", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _(dstats: list[Tensor], scores: Tensor, lse: Tensor, which: int) -> Tensor:
+def _(dstats: list[Tensor], scores: Tensor, lse: Tensor, which: int, impl: str) -> Tensor:
     return scores.new_empty(scores.shape)
 
 
@@ -120,9 +131,11 @@ def tail_width(units: int) -> int:
 
 @torch.library.register_fake("wcmi_fast::critic_tail_fwd", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _(
-    rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, s: Tensor, eps: float
+    rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, s: Tensor, eps: float, impl: str
 ) -> tuple[Tensor, Tensor]:
-    return rows.new_empty((len(rows), tail_width(len(w2)))), rows.new_empty(len(rows))
+    return rows.new_empty((len(rows), tail_width(len(w2)))), rows.new_empty(
+        len(rows), dtype=accumulation_dtype(rows.dtype)
+    )
 
 
 @torch.library.register_fake("wcmi_fast::critic_tail_bwd", lib=LIBRARY)  # type: ignore[untyped-decorator]
@@ -136,6 +149,7 @@ def _(
     w2: Tensor,
     s: Tensor,
     need_weights: bool,
+    impl: str,
 ) -> tuple[Tensor, ...]:
     weights = (torch.empty_like(x) if need_weights else x.new_empty(0) for x in (w1, b1, w2, b1, s))
     return torch.empty_like(rows), *weights
@@ -143,23 +157,37 @@ def _(
 
 @torch.library.register_fake("wcmi_fast::linf_step_", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _(
-    x: Tensor, grad: Tensor, origin: Tensor, eps: float, step_size: float, lo: float, hi: float
+    x: Tensor,
+    grad: Tensor,
+    origin: Tensor,
+    eps: float,
+    step_size: float,
+    lo: float,
+    hi: float,
+    impl: str,
 ) -> None:
     return None
 
 
 @torch.library.register_fake("wcmi_fast::linf_start_", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _(x: Tensor, origin: Tensor, eps: float, seed: int, lo: float, hi: float) -> None:
+def _(x: Tensor, origin: Tensor, eps: float, seed: int, lo: float, hi: float, impl: str) -> None:
     return None
 
 
 @torch.library.register_fake("wcmi_fast::l2_step_", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _(
-    x: Tensor, grad: Tensor, origin: Tensor, eps: float, step_size: float, lo: float, hi: float
+    x: Tensor,
+    grad: Tensor,
+    origin: Tensor,
+    eps: float,
+    step_size: float,
+    lo: float,
+    hi: float,
+    impl: str,
 ) -> None:
     return None
 
 
 @torch.library.register_fake("wcmi_fast::keep_best_", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _(best_x: Tensor, best_value: Tensor, x: Tensor, value: Tensor) -> None:
+def _(best_x: Tensor, best_value: Tensor, x: Tensor, value: Tensor, impl: str) -> None:
     return None

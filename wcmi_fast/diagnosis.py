@@ -21,16 +21,21 @@ def lines() -> list[tuple[str, str]]:
         ("threads", f"{torch.get_num_threads()} (torch.set_num_threads)"),
         ("SIMD level", simd),
         *((f"back end {name}", _state(name)) for name in registry.IMPLS),
+        *(
+            (f"{operator} on {device_type}", registry.explain(device_type, operator))
+            for device_type, operators in registry.TABLE.items()
+            for operator in operators
+        ),
     ]
 
 
 def _state(backend: str) -> str:
     if backend == registry.REFERENCE:
         return "ready: plain torch, every device"
-    operators = registry.OPERATORS[backend]
-    missing = registry.missing(backend)
-    if missing is not None:
-        return f"missing: {missing}"
-    if backend == "cuda" and not torch.cuda.is_available():
-        return f"built ({', '.join(operators)}), but torch sees no GPU"
-    return f"ready: {', '.join(operators)}"
+    known = registry.BACKENDS[backend]
+    if known.missing is not None:
+        return f"missing: {known.missing}"
+    operators = ", ".join(known.operators)
+    if known.device_type == "cuda" and not torch.cuda.is_available():
+        return f"installed ({operators}), but torch sees no GPU"
+    return f"ready: {operators}"

@@ -156,12 +156,14 @@ def critic_tail(
     rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, s: Tensor, eps: float
 ) -> Tensor:
     """Return layer_norm(W2 relu(W1 v + b1) + b2 + S v) for rows v, followed by 1, 0, 0, ..."""
-    units = len(w2)
+    units, dtype = len(w2), rows.dtype
+    rows, w1, b1, w2, b2, s = (x.to(accumulation_dtype(dtype)) for x in (rows, w1, b1, w2, b2, s))
     with _without_autocast(rows):
         v = linear(relu(linear(rows, w1, b1)), w2, b2) + linear(rows, s)
     constant = torch.zeros(tail_width(units) - units, dtype=rows.dtype, device=rows.device)
     constant[0] = 1
-    return torch.cat([layer_norm(v, (units,), eps=eps), constant.expand(len(rows), -1)], dim=1)
+    features = torch.cat([layer_norm(v, (units,), eps=eps), constant.expand(len(rows), -1)], dim=1)
+    return features.to(dtype)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from wcmi_fast._ops import (
     CLAMPED_LSE,
-    LIBRARY,
     LSE,
     SOFTPLUS,
     SQUARE,
@@ -21,20 +20,10 @@ from wcmi_fast._ops import (
     asked,
     tail_width,
 )
+from wcmi_fast.backends.backend import Backend, Case, operators_of
 from wcmi_fast.backends.binary import DTYPES, load
-from wcmi_fast.backends.layout import dense, laid_out_as
+from wcmi_fast.backends.layout import dense, laid_out_as, written
 from wcmi_fast.backends.memory import empty
-
-OPERATORS: tuple[str, ...] = (
-    "critic_stats",
-    "dv_value",
-    "score_stats",
-    "critic_tail",
-    "linf_step_",
-    "linf_start_",
-    "l2_step_",
-    "keep_best_",
-)
 
 # A tile of T stays in the second-level cache between the product and the reductions. It has so many
 # rows that its product runs at full rate, and as many images as fit.
@@ -377,7 +366,7 @@ def linf_step_(
         DTYPES[x.dtype], target.data_ptr(), grad.data_ptr(), origin.data_ptr(), x.numel(),
         eps, step_size, lo, hi, torch.get_num_threads(),
     )  # fmt: skip
-    _written(x, target)
+    written(x, target)
 
 
 def linf_start_(x: Tensor, origin: Tensor, eps: float, seed: int, lo: float, hi: float) -> None:
@@ -388,7 +377,7 @@ def linf_start_(x: Tensor, origin: Tensor, eps: float, seed: int, lo: float, hi:
         DTYPES[x.dtype], target.data_ptr(), origin.data_ptr(), x.numel(), eps, seed, lo, hi,
         torch.get_num_threads(),
     )  # fmt: skip
-    _written(x, target)
+    written(x, target)
 
 
 def l2_step_(
@@ -402,7 +391,7 @@ def l2_step_(
         DTYPES[x.dtype], target.data_ptr(), grad.data_ptr(), origin.data_ptr(), rows,
         x.numel() // max(rows, 1), eps, step_size, lo, hi, torch.get_num_threads(),
     )  # fmt: skip
-    _written(x, target)
+    written(x, target)
 
 
 def keep_best_(best_x: Tensor, best_value: Tensor, x: Tensor, value: Tensor) -> None:
@@ -414,28 +403,29 @@ def keep_best_(best_x: Tensor, best_value: Tensor, x: Tensor, value: Tensor) -> 
         DTYPES[value.dtype], target.data_ptr(), target_value.data_ptr(), x.data_ptr(),
         value.data_ptr(), rows, x.nbytes // max(rows, 1), torch.get_num_threads(),
     )  # fmt: skip
-    _written(best_x, target)
-    _written(best_value, target_value)
+    written(best_x, target)
+    written(best_value, target_value)
 
 
-def _written(x: Tensor, target: Tensor) -> None:
-    """Bring what a kernel wrote to `target` into x, and autograd's notice."""
-    if target is not x:
-        x.copy_(target)
-    elif not x.is_inference():
-        # Else autograd would not see that a tensor saved for a backward pass has changed.
-        torch.autograd.graph.increment_version(x)
+KERNELS: dict[str, Callable[..., Any]] = {
+    "critic_stats_fwd": critic_stats_fwd,
+    "critic_stats_bwd": critic_stats_bwd,
+    "dv_value": dv_value,
+    "score_stats_fwd": score_stats_fwd,
+    "score_stats_bwd": score_stats_bwd,
+    "critic_tail_fwd": critic_tail_fwd,
+    "critic_tail_bwd": critic_tail_bwd,
+    "linf_step_": linf_step_,
+    "linf_start_": linf_start_,
+    "l2_step_": l2_step_,
+    "keep_best_": keep_best_,
+}
 
 
-if _binary is not None:
-    LIBRARY.impl("critic_stats_fwd", critic_stats_fwd, "CPU")
-    LIBRARY.impl("critic_stats_bwd", critic_stats_bwd, "CPU")
-    LIBRARY.impl("dv_value", dv_value, "CPU")
-    LIBRARY.impl("score_stats_fwd", score_stats_fwd, "CPU")
-    LIBRARY.impl("score_stats_bwd", score_stats_bwd, "CPU")
-    LIBRARY.impl("critic_tail_fwd", critic_tail_fwd, "CPU")
-    LIBRARY.impl("critic_tail_bwd", critic_tail_bwd, "CPU")
-    LIBRARY.impl("linf_step_", linf_step_, "CPU")
-    LIBRARY.impl("linf_start_", linf_start_, "CPU")
-    LIBRARY.impl("l2_step_", l2_step_, "CPU")
-    LIBRARY.impl("keep_best_", keep_best_, "CPU")
+def _unsupported(operator: str, case: Case) -> str | None:
+    if operator == "critic_tail" and case.dtype not in (torch.float32, torch.float64):
+        return f"its kernel takes float32 and float64, not {case.dtype}"
+    return None
+
+
+BACKEND = Backend("cpu", operators_of(KERNELS), KERNELS, MISSING, _unsupported)

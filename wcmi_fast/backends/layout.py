@@ -15,3 +15,12 @@ def dense(x: Tensor) -> Tensor:
 def laid_out_as(x: Tensor, like: Tensor) -> Tensor:
     """Return x with the memory layout of `like`, which is dense: itself, or one copy."""
     return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
+
+
+def written(x: Tensor, target: Tensor) -> None:
+    """Bring what a kernel wrote to `target` into x, and autograd's notice."""
+    if target is not x:
+        x.copy_(target)
+    elif not x.is_inference():
+        # Else autograd would not see that a tensor saved for a backward pass has changed.
+        torch.autograd.graph.increment_version(x)

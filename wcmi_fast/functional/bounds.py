@@ -85,10 +85,12 @@ class CriticStats:
 
 class _CriticStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, h: Tensor, which: int, tau: float) -> tuple[Tensor, ...]:
-        keep = _keeps_scores(ctx, z, h)
-        stats, scores = torch.ops.wcmi_fast.critic_stats_fwd(z, h, which, tau, keep)
-        ctx.which, ctx.tau = which, tau
+    def forward(
+        ctx: Any, z: Tensor, h: Tensor, which: int, tau: float, impl: str
+    ) -> tuple[Tensor, ...]:
+        keep = _keeps_scores(ctx, z, h, impl)
+        stats, scores = torch.ops.wcmi_fast.critic_stats_fwd(z, h, which, tau, keep, impl)
+        ctx.which, ctx.tau, ctx.impl = which, tau, impl
         outputs: tuple[Tensor, ...] = stats.unbind()
         ctx.save_for_backward(z, h, _lse_of(outputs, which), scores)
         return outputs
@@ -105,17 +107,17 @@ class _CriticStats(torch.autograd.Function):
             )
         else:
             dz, dh = torch.ops.wcmi_fast.critic_stats_bwd(
-                dstats, z, h, lse, scores, ctx.which, need_dz, need_dh
+                dstats, z, h, lse, scores, ctx.which, need_dz, need_dh, ctx.impl
             )
-        return dz if need_dz else None, dh if need_dh else None, None, None
+        return dz if need_dz else None, dh if need_dh else None, None, None, None
 
 
 class _ScoreStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, which: int, tau: float) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, scores: Tensor, which: int, tau: float, impl: str) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...]
-        outputs = torch.ops.wcmi_fast.score_stats_fwd(scores, which, tau).unbind()
-        ctx.which, ctx.tau = which, tau
+        outputs = torch.ops.wcmi_fast.score_stats_fwd(scores, which, tau, impl).unbind()
+        ctx.which, ctx.tau, ctx.impl = which, tau, impl
         ctx.save_for_backward(scores, _lse_of(outputs, which))
         return outputs
 
@@ -127,16 +129,16 @@ class _ScoreStats(torch.autograd.Function):
                 lambda T: reference.score_stats(_wide(T), ctx.which, ctx.tau), (scores,), dstats
             )
         else:
-            dscores = torch.ops.wcmi_fast.score_stats_bwd(dstats, scores, lse, ctx.which)
-        return dscores, None, None
+            dscores = torch.ops.wcmi_fast.score_stats_bwd(dstats, scores, lse, ctx.which, ctx.impl)
+        return dscores, None, None, None
 
 
 class _DVValue(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, positives: Tensor, lse: Tensor, zero_diagonal: bool) -> Tensor:
+    def forward(ctx: Any, positives: Tensor, lse: Tensor, zero_diagonal: bool, impl: str) -> Tensor:
         value: Tensor
         value, dlse = torch.ops.wcmi_fast.dv_value(
-            positives.contiguous(), lse.contiguous(), zero_diagonal
+            positives.contiguous(), lse.contiguous(), zero_diagonal, impl
         )
         ctx.zero_diagonal = zero_diagonal
         ctx.save_for_backward(positives, lse, dlse)
@@ -146,22 +148,26 @@ class _DVValue(torch.autograd.Function):
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         positives, lse, dlse = ctx.saved_tensors
         if _wants_graph():
-            return *_through_oracle(
-                lambda a, b: [_dv_value(a, b, ctx.zero_diagonal)], (positives, lse), (d,)
-            ), None
-        return (d / positives.numel()).expand_as(positives), d * dlse, None
+            return (
+                *_through_oracle(
+                    lambda a, b: [_dv_value(a, b, ctx.zero_diagonal)], (positives, lse), (d,)
+                ),
+                None,
+                None,
+            )
+        return (d / positives.numel()).expand_as(positives), d * dlse, None, None
 
 
 class _DV(torch.autograd.Function):
     """critic_stats and dv_value in one node, which for small inputs is most of the time."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, h: Tensor, zero_diagonal: bool) -> Tensor:
+    def forward(ctx: Any, z: Tensor, h: Tensor, zero_diagonal: bool, impl: str) -> Tensor:
         value: Tensor
-        keep = _keeps_scores(ctx, z, h)
-        stats, scores = torch.ops.wcmi_fast.critic_stats_fwd(z, h, LSE, 1.0, keep)
-        value, dlse = torch.ops.wcmi_fast.dv_value(stats[0], stats[1], zero_diagonal)
-        ctx.diagonal = DIAGONALS[zero_diagonal]
+        keep = _keeps_scores(ctx, z, h, impl)
+        stats, scores = torch.ops.wcmi_fast.critic_stats_fwd(z, h, LSE, 1.0, keep, impl)
+        value, dlse = torch.ops.wcmi_fast.dv_value(stats[0], stats[1], zero_diagonal, impl)
+        ctx.diagonal, ctx.impl = DIAGONALS[zero_diagonal], impl
         ctx.save_for_backward(z, h, stats, scores, dlse)
         return value
 
@@ -178,13 +184,15 @@ class _DV(torch.autograd.Function):
         else:
             dpositives = (d / dlse.numel()).expand_as(dlse)
             dz, dh = torch.ops.wcmi_fast.critic_stats_bwd(
-                [dpositives, d * dlse], z, h, stats[1], scores, LSE, need_dz, need_dh
+                [dpositives, d * dlse], z, h, stats[1], scores, LSE, need_dz, need_dh, ctx.impl
             )
-        return dz if need_dz else None, dh if need_dh else None, None
+        return dz if need_dz else None, dh if need_dh else None, None, None
 
 
-def _keeps_scores(ctx: Any, z: Tensor, h: Tensor) -> bool:
-    """Whether the backward pass is to find T instead of computing it again."""
+def _keeps_scores(ctx: Any, z: Tensor, h: Tensor, impl: str) -> bool:
+    """Whether the backward pass is to find T; on a GPU it always computes T again."""
+    if impl != "cpu":
+        return False
     n, p, _ = h.shape
     size = n * n * p * accumulation_dtype(z.dtype).itemsize
     return any(ctx.needs_input_grad[:2]) and size <= KEPT_SCORES_BYTES
@@ -349,9 +357,17 @@ def _reduce_features(
     tau: float,
 ) -> CriticStats | Tensor:
     z, h = _features(function, z, h, mask)
-    if registry.choose(function, "critic_stats", z.device.type, impl) == registry.REFERENCE:
+    chosen = _choose_critic_stats(function, z, h, impl)
+    if chosen == registry.REFERENCE:
         return reference.scores(z, h)
-    return _named(_CriticStats.apply(z.contiguous(), h.contiguous(), which, tau), which, tau)
+    found = _CriticStats.apply(z.contiguous(), h.contiguous(), which, tau, chosen)
+    return _named(found, which, tau)
+
+
+def _choose_critic_stats(function: str, z: Tensor, h: Tensor, impl: str | None) -> str:
+    n, p, u = h.shape
+    case = registry.case_of(z, units=u, products=n * n * p * u)
+    return registry.choose(function, "critic_stats", case, impl)
 
 
 def _features(function: str, z: Tensor, h: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -370,9 +386,10 @@ def _reduce_scores(
     if mask is not None:
         rows = _valid_rows(function, mask, len(scores), scores.device)
         scores = scores[rows][:, rows]
-    if registry.choose(function, "score_stats", scores.device.type, impl) == registry.REFERENCE:
+    chosen = registry.choose(function, "score_stats", registry.case_of(scores), impl)
+    if chosen == registry.REFERENCE:
         return _wide(scores)
-    return _named(_ScoreStats.apply(scores.contiguous(), which, tau), which, tau)
+    return _named(_ScoreStats.apply(scores.contiguous(), which, tau, chosen), which, tau)
 
 
 # ---- the bounds ---------------------------------------------------------------------------------
@@ -500,23 +517,25 @@ def dv(
     zero = diagonal == "zero"
     if scores is None and stats is None and z is not None and h is not None:
         z, h = _features("dv", z, h, mask)
-        if registry.choose("dv", "critic_stats", z.device.type, impl) == "cpu":
-            fused: Tensor = _DV.apply(z.contiguous(), h.contiguous(), zero)
-            return fused
-        mask = None
+        chosen = _choose_critic_stats("dv", z, h, impl)
+        if chosen == registry.REFERENCE:
+            return reference.dv(reference.scores(z, h), diagonal=diagonal)
+        fused: Tensor = _DV.apply(z.contiguous(), h.contiguous(), zero, chosen)
+        return fused
     found = _reduce("dv", z, h, scores, stats, mask, impl, LSE)
     if isinstance(found, Tensor):
         return reference.dv(found, diagonal=diagonal)
-    if registry.choose("dv", "dv_value", found.positives.device.type, None) == registry.REFERENCE:
+    chosen = registry.choose("dv", "dv_value", registry.case_of(found.positives), None)
+    if chosen == registry.REFERENCE:
         return _dv_value(found.positives, found.lse, zero)  # type: ignore[arg-type]
-    value: Tensor = _DVValue.apply(found.positives, found.lse, zero)
+    value: Tensor = _DVValue.apply(found.positives, found.lse, zero, chosen)
     return value
 
 
 def _dv_value(positives: Tensor, lse: Tensor, zero_diagonal: bool) -> Tensor:
     joint = lse.logsumexp(0)
     if zero_diagonal:
-        joint = torch.logaddexp(joint, joint.new_tensor(math.log(len(lse))))
+        joint = torch.logaddexp(joint, joint.new_full((), math.log(len(lse))))
     return (positives - joint).mean() + _log_pairs(positives)
 
 

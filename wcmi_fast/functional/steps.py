@@ -136,9 +136,10 @@ def linf_step_(
     """
     _check_alike("linf_step_", "x", x, {"grad": grad, "origin": origin})
     lo, hi = check_budget("linf_step_", eps, step_size, clip)
-    if registry.choose("linf_step_", "linf_step_", x.device.type, impl) == registry.REFERENCE:
+    chosen = registry.choose("linf_step_", "linf_step_", registry.case_of(x), impl)
+    if chosen == registry.REFERENCE:
         return reference.linf_step_(x, grad, origin, eps=eps, step_size=step_size, clip=(lo, hi))
-    torch.ops.wcmi_fast.linf_step_(x, grad, origin, float(eps), float(step_size), lo, hi)
+    torch.ops.wcmi_fast.linf_step_(x, grad, origin, float(eps), float(step_size), lo, hi, chosen)
     return x
 
 
@@ -191,9 +192,10 @@ def linf_start_(
         raise ValueError(f"linf_start_: eps is {eps}, wanted at most {largest} for {x.dtype}")
     _check_seed("linf_start_", seed)
     lo, hi = _check_clip("linf_start_", clip)
-    if registry.choose("linf_start_", "linf_start_", x.device.type, impl) == registry.REFERENCE:
+    chosen = registry.choose("linf_start_", "linf_start_", registry.case_of(x), impl)
+    if chosen == registry.REFERENCE:
         return reference.linf_start_(x, origin, eps=eps, seed=seed, clip=(lo, hi))
-    torch.ops.wcmi_fast.linf_start_(x, origin, float(eps), int(seed), lo, hi)
+    torch.ops.wcmi_fast.linf_start_(x, origin, float(eps), int(seed), lo, hi, chosen)
     return x
 
 
@@ -252,9 +254,10 @@ def l2_step_(
     if x.dim() == 0:
         raise ValueError("l2_step_: x has shape (), wanted (N, ...), one row per image")
     lo, hi = check_budget("l2_step_", eps, step_size, clip)
-    if registry.choose("l2_step_", "l2_step_", x.device.type, impl) == registry.REFERENCE:
+    chosen = registry.choose("l2_step_", "l2_step_", registry.case_of(x), impl)
+    if chosen == registry.REFERENCE:
         return reference.l2_step_(x, grad, origin, eps=eps, step_size=step_size, clip=(lo, hi))
-    torch.ops.wcmi_fast.l2_step_(x, grad, origin, float(eps), float(step_size), lo, hi)
+    torch.ops.wcmi_fast.l2_step_(x, grad, origin, float(eps), float(step_size), lo, hi, chosen)
     return x
 
 
@@ -306,7 +309,8 @@ def keep_best_(
     _check_alike("keep_best_", "best_value", best_value, {"value": value})
     written = {"best_x": best_x, "best_value": best_value}
     _check_apart("keep_best_", written, {"x": x, "value": value})
-    if registry.choose("keep_best_", "keep_best_", best_x.device.type, impl) == registry.REFERENCE:
+    chosen = registry.choose("keep_best_", "keep_best_", registry.case_of(best_x), impl)
+    if chosen == registry.REFERENCE:
         reference.keep_best_(best_x, best_value, x, value)
     else:
-        torch.ops.wcmi_fast.keep_best_(best_x, best_value, x, value)
+        torch.ops.wcmi_fast.keep_best_(best_x, best_value, x, value, chosen)

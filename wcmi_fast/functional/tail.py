@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from wcmi_fast import reference
+from wcmi_fast._ops import DTYPES
 from wcmi_fast.backends import registry
-
-TAIL_DTYPES = (torch.float32, torch.float64)
 
 
 class _CriticTail(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        rows, w1, b1, w2, b2, s, eps = inputs
-        features, rstd = torch.ops.wcmi_fast.critic_tail_fwd(rows, w1, b1, w2, b2, s, eps)
-        ctx.eps = eps
+        rows, w1, b1, w2, b2, s, eps, impl = inputs
+        features, rstd = torch.ops.wcmi_fast.critic_tail_fwd(rows, w1, b1, w2, b2, s, eps, impl)
+        ctx.eps, ctx.impl = eps, impl
         ctx.save_for_backward(rows, w1, b1, w2, b2, s, features, rstd)
         return features  # type: ignore[no-any-return]
 
@@ -28,12 +27,21 @@ class _CriticTail(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             aliases = [x.view_as(x).requires_grad_() for x in (rows, w1, b1, w2, b2, s)]
             plain = reference.critic_tail(*aliases, ctx.eps)  # type: ignore[call-arg]
-            return *torch.autograd.grad(plain, aliases, dfeatures, create_graph=True), None
+            return *torch.autograd.grad(plain, aliases, dfeatures, create_graph=True), None, None
         need_weights = any(ctx.needs_input_grad[1:6])
         gradients = torch.ops.wcmi_fast.critic_tail_bwd(
-            dfeatures.contiguous(), features, rstd, rows, w1, b1, w2, s, need_weights
+            dfeatures.contiguous(),
+            features,
+            rstd,
+            rows,
+            w1,
+            b1,
+            w2,
+            s,
+            need_weights,
+            ctx.impl,
         )
-        return *(gradients if need_weights else (gradients[0], *5 * [None])), None
+        return *(gradients if need_weights else (gradients[0], *5 * [None])), None, None
 
 
 def critic_tail(
@@ -53,7 +61,8 @@ def critic_tail(
     pass. Second derivatives go through the oracle: slower.
 
     Args:
-        rows: (R, C) float32 or float64; one row for each image and location.
+        rows: (R, C) float32, float64, bfloat16 or float16; one row for each image and location. The
+            cpu back end has no kernel for half types: the reference computes them in float32.
         w1: (U, C), b1: (U,); first layer, the batch norm after it folded in.
         w2: (U, U), b2: (U,); second layer.
         s: (U, C); shortcut.
@@ -78,8 +87,8 @@ def critic_tail(
     """
     if rows.dim() != 2:
         raise ValueError(f"critic_tail: rows has shape {tuple(rows.shape)}, wanted (R, C)")
-    if rows.dtype not in TAIL_DTYPES:
-        raise TypeError(f"critic_tail: rows has dtype {rows.dtype}, wanted one of {TAIL_DTYPES}")
+    if rows.dtype not in DTYPES:
+        raise TypeError(f"critic_tail: rows has dtype {rows.dtype}, wanted one of {DTYPES}")
     units, inputs = len(b1), rows.shape[1]
     weights = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "s": s}
     shapes = {"w1": (units, inputs), "b1": (units,), "w2": (units, units), "b2": (units,)}
@@ -97,8 +106,11 @@ def critic_tail(
             raise ValueError(
                 f"critic_tail: {name} is on {weight.device}, wanted rows', {rows.device}"
             )
-    if registry.choose("critic_tail", "critic_tail", rows.device.type, impl) == registry.REFERENCE:
+    products = len(rows) * units * (units + 2 * inputs)
+    case = registry.case_of(rows, units=units, products=products)
+    chosen = registry.choose("critic_tail", "critic_tail", case, impl)
+    if chosen == registry.REFERENCE:
         return reference.critic_tail(rows, w1, b1, w2, b2, s, eps)
     tensors = [x.contiguous() for x in (rows, w1, b1, w2, b2, s)]
-    features: Tensor = _CriticTail.apply(*tensors, eps)
+    features: Tensor = _CriticTail.apply(*tensors, eps, chosen)
     return features
