@@ -338,9 +338,12 @@ def plain_linf_step(
     return torch.where(torch.isnan(grad), x, torch.clamp(moved, *clip))
 
 
-def plain_uniform(count: int, seed: int) -> Tensor:
-    """Philox4x32-10 as Salmon et al. 2011 write it, and 24 bits of each word in [-1, 1)."""
-    index = np.arange(-(-count // 4), dtype=np.uint64)
+def plain_uniform(count: int, seed: int, first: int = 0) -> Tensor:
+    """Philox4x32-10 as Salmon et al. 2011 write it, and 24 bits of each word in [-1, 1).
+
+    `first`, a multiple of 4, is the index of the first number.
+    """
+    index = np.arange(first // 4, first // 4 + -(-count // 4), dtype=np.uint64)
     low, word = np.uint64(0xFFFFFFFF), np.uint64(32)
     left0, right0, left1, right1 = index & low, index >> word, 0 * index, 0 * index
     for r in range(10):

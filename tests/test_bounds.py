@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from gpu_on_cpu import assume_supported, every_impl, gpu_turns, order
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle import (
     DTYPES,
@@ -36,13 +37,14 @@ from torch import Tensor
 
 from wcmi_fast import functional
 
-both_impls = pytest.mark.parametrize("impl", EAGER_IMPLS)
 all_variants = pytest.mark.parametrize("variant", VARIANTS)
 both_keeps = pytest.mark.parametrize("kept_bytes", [0, 4 << 20])
 INF, NAN = float("inf"), float("nan")
 # The value and the gradient of these are of one formula, and no state changes them.
 PLAIN_GRADIENT = [name for name in VARIANTS if name not in ("smile", "mine")]
 MODERATE, LARGE = (0.01, 1.0), (0.01, 1.0, 10.0, 100.0)
+# The emulation makes some 100 million multiply-adds a second.
+GPU_PRODUCTS = 1 << 22
 cases = {name: bound_cases(MODERATE if name in EXPONENTIAL else LARGE) for name in VARIANTS}
 
 
@@ -75,6 +77,20 @@ def test_kernels_follow_the_error_rule(variant: str, data: st.DataObject) -> Non
 
 
 @all_variants
+@gpu_turns
+@settings(max_examples=5)
+@given(data=st.data())
+def test_gpu_back_ends_follow_the_error_rule(
+    variant: str, impl: str, turn: int, data: st.DataObject
+) -> None:
+    case: BoundCase = data.draw(cases[variant])
+    assume_supported(impl, case.z.dtype)
+    assume(len(case.z) * case.h.numel() <= GPU_PRODUCTS)
+    with order(impl, turn):
+        check_bound(variant, case.z, case.h, impl=impl)
+
+
+@all_variants
 @settings(max_examples=20)
 @given(data=st.data())
 def test_reference_follows_the_error_rule(variant: str, data: st.DataObject) -> None:
@@ -83,7 +99,7 @@ def test_reference_follows_the_error_rule(variant: str, data: st.DataObject) -> 
 
 
 @all_variants
-@both_impls
+@every_impl
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype(dtype: torch.dtype, impl: str, variant: str) -> None:
     z, h = features(33, 5, 7, dtype)
@@ -113,7 +129,7 @@ def test_default_impl_is_the_kernel_and_defaults_are_those_of_the_spec() -> None
         assert torch.equal(bound(variant, z, h), exact)
 
 
-@both_impls
+@every_impl
 @both_keeps
 @pytest.mark.parametrize("variant", PLAIN_GRADIENT)
 def test_gradcheck(variant: str, kept_bytes: int, impl: str) -> None:
@@ -125,7 +141,7 @@ def test_gradcheck(variant: str, kept_bytes: int, impl: str) -> None:
 
 
 @all_variants
-@both_impls
+@every_impl
 @both_keeps
 def test_gradient_of_one_side_only(kept_bytes: int, impl: str, variant: str) -> None:
     z, h = features(17, 3, 5)
@@ -140,7 +156,7 @@ def test_gradient_of_one_side_only(kept_bytes: int, impl: str, variant: str) -> 
 
 
 @all_variants
-@both_impls
+@every_impl
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(17, 17, 3), (9, 9), (2, 2, 1)])
 def test_given_scores(shape: tuple[int, ...], dtype: torch.dtype, impl: str, variant: str) -> None:
@@ -150,7 +166,7 @@ def test_given_scores(shape: tuple[int, ...], dtype: torch.dtype, impl: str, var
 
 
 @all_variants
-@both_impls
+@every_impl
 def test_given_scores_of_any_layout(impl: str, variant: str) -> None:
     T = torch.randn(3, 9, 9).permute(2, 1, 0)
     assert not T.is_contiguous()
@@ -158,7 +174,7 @@ def test_given_scores_of_any_layout(impl: str, variant: str) -> None:
 
 
 @all_variants
-@both_impls
+@every_impl
 @both_keeps
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_bound_from_one_sweep(
@@ -176,7 +192,7 @@ def test_every_bound_from_one_sweep(
 
 
 @all_variants
-@both_impls
+@every_impl
 def test_a_bound_needs_the_statistics_of_its_own_name_only(impl: str, variant: str) -> None:
     z, h = features(9, 3, 5)
     tau = TAU if variant == "smile" else None
@@ -184,7 +200,7 @@ def test_a_bound_needs_the_statistics_of_its_own_name_only(impl: str, variant: s
     torch.testing.assert_close(bound(variant, stats=stats), bound(variant, z, h, impl=impl))
 
 
-@both_impls
+@every_impl
 @both_keeps
 def test_gradients_of_several_bounds_add_up(kept_bytes: int, impl: str) -> None:
     z, h = features(17, 3, 5, torch.float64)
@@ -201,7 +217,7 @@ def test_gradients_of_several_bounds_add_up(kept_bytes: int, impl: str) -> None:
         torch.testing.assert_close(ours.grads[side], wanted, rtol=1e-10, atol=1e-12)
 
 
-@both_impls
+@every_impl
 def test_statistics_are_what_their_names_say(impl: str) -> None:
     z, h = features(9, 3, 5, torch.float64)
     stats = all_stats(z, h, impl=impl)
@@ -220,7 +236,7 @@ def test_statistics_are_what_their_names_say(impl: str) -> None:
     assert stats.tau == TAU
 
 
-@both_impls
+@every_impl
 def test_the_clamped_statistic_has_no_gradient(impl: str) -> None:
     z, h = (t.requires_grad_() for t in features(9, 3, 5))
     stats = all_stats(z, h, impl=impl)
@@ -238,7 +254,7 @@ def products(work: Callable[[], object]) -> int:
     return sum(event.name in PRODUCTS for event in profile.events())
 
 
-@both_impls
+@pytest.mark.parametrize("impl", EAGER_IMPLS)
 @both_keeps
 def test_the_scores_are_computed_once_whatever_the_number_of_bounds(
     kept_bytes: int, impl: str
@@ -260,7 +276,7 @@ def test_the_scores_are_computed_once_whatever_the_number_of_bounds(
 # ---- what the bounds are ------------------------------------------------------------------------
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("variant", ["infonce", "infonce_all"])
 def test_the_candidates_are_images(variant: str, impl: str) -> None:
     T = torch.tensor([[0.0, 6.0, 5.0], [0.0, 0.5, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
@@ -273,7 +289,7 @@ def test_the_candidates_are_images(variant: str, impl: str) -> None:
 
 
 @all_variants
-@both_impls
+@every_impl
 def test_who_is_paired_with_whom_matters(impl: str, variant: str) -> None:
     z, h = features(7, 2, 7, torch.float64)
     value = bound(variant, z, h, impl=impl).item()
@@ -287,7 +303,7 @@ def test_who_is_paired_with_whom_matters(impl: str, variant: str) -> None:
 
 
 @all_variants
-@both_impls
+@every_impl
 def test_gradients_tell_z_from_h(impl: str, variant: str) -> None:
     z, h = features(7, 1, 7, torch.float64)
     ours = value_and_grads(lambda a, b: bound(variant, a, b, impl=impl), z, h)
@@ -299,7 +315,7 @@ def test_gradients_tell_z_from_h(impl: str, variant: str) -> None:
 SHIFT_FREE = ("dv", "infonce", "infonce_all", "mine")
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("variant", SHIFT_FREE)
 @pytest.mark.parametrize("constant", [-1e4, -150.0, 1.0, 100.0, 1e4])
 def test_a_constant_added_to_every_score_changes_nothing(
@@ -322,7 +338,7 @@ def test_a_constant_added_to_every_score_changes_nothing(
 
 
 @all_variants
-@both_impls
+@every_impl
 def test_permuting_pairs_together_permutes_gradients(impl: str, variant: str) -> None:
     z, h = features(33, 3, 7, torch.float64)
     order = torch.randperm(33)
@@ -334,7 +350,7 @@ def test_permuting_pairs_together_permutes_gradients(impl: str, variant: str) ->
         torch.testing.assert_close(ours, wanted[order], rtol=1e-10, atol=1e-13)
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize(
     ("constant", "printed"), [(0.0, "-0.0078"), (-10.0, "-5.2"), (7.0, "-7.2e-06")]
 )
@@ -348,14 +364,14 @@ def test_constant_critic(constant: float, printed: str, impl: str) -> None:
     assert f"{zero:.2g}" == printed
 
 
-@both_impls
+@every_impl
 def test_infonce_never_exceeds_log_n(impl: str) -> None:
     T = torch.randn(9, 9, 3) + 1e3 * torch.eye(9)[:, :, None]
     assert bound("infonce", T, impl=impl).item() == pytest.approx(math.log(9), abs=1e-6)
     assert bound("infonce_all", T, impl=impl).item() == pytest.approx(0.0, abs=1e-6)
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize(("tau", "same"), [(1e3, True), (0.5, False)])
 def test_smile_clamps_negatives_only(tau: float, same: bool, impl: str) -> None:
     z, h = features(9, 3, 5, torch.float64)
@@ -367,7 +383,7 @@ def test_smile_clamps_negatives_only(tau: float, same: bool, impl: str) -> None:
 
 
 @all_variants
-@both_impls
+@every_impl
 @pytest.mark.parametrize("score", [-150.0, 150.0])
 @pytest.mark.parametrize("n", [2, 17, 70])
 def test_scores_of_150(n: int, score: float, impl: str, variant: str) -> None:
@@ -386,7 +402,7 @@ def test_scores_of_150(n: int, score: float, impl: str, variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in EXPONENTIAL])
-@both_impls
+@every_impl
 def test_mixed_scores_of_150(impl: str, variant: str) -> None:
     T = torch.where(torch.rand(33, 33, 2) < 0.5, 150.0, -150.0)
     with limits(5 * 8 * 2 * 4, 0, tile_rows=8):
@@ -395,7 +411,7 @@ def test_mixed_scores_of_150(impl: str, variant: str) -> None:
 
 
 @all_variants
-@both_impls
+@every_impl
 @pytest.mark.parametrize("at", [(3, 20), (20, 3), (8, 9)])
 def test_one_dominating_score(at: tuple[int, int], impl: str, variant: str) -> None:
     T = torch.randn(33, 33, 2)
@@ -408,7 +424,7 @@ def test_one_dominating_score(at: tuple[int, int], impl: str, variant: str) -> N
 FINITE_AT_MINUS_INFINITY = ("dv", "dv_zero", "infonce", "infonce_all", "nwj", "jsd", "mine")
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("variant", [*FINITE_AT_MINUS_INFINITY, "smile", "KL", "GAN", "H2"])
 def test_blocks_of_minus_infinity(variant: str, impl: str) -> None:
     # Whole tiles, and representations without a finite negative; positives stay finite.
@@ -419,7 +435,7 @@ def test_blocks_of_minus_infinity(variant: str, impl: str) -> None:
         check_bound(variant, T, impl=impl)
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("variant", ["nwj", "jsd", "smile", "KL", "GAN", "H2"])
 def test_a_location_without_a_finite_negative(variant: str, impl: str) -> None:
     T = torch.randn(9, 9, 3)
@@ -427,7 +443,7 @@ def test_a_location_without_a_finite_negative(variant: str, impl: str) -> None:
     check_bound(variant, T, impl=impl)
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("diagonal", ["exclude", "zero"])
 @pytest.mark.parametrize(("bad", "value"), [(NAN, NAN), (INF, NAN), (-INF, -INF)])
 def test_a_feature_that_is_not_finite(bad: float, value: float, diagonal: str, impl: str) -> None:
@@ -439,7 +455,7 @@ def test_a_feature_that_is_not_finite(bad: float, value: float, diagonal: str, i
 
 
 @all_variants
-@both_impls
+@every_impl
 @pytest.mark.parametrize("at", [(3, 7), (7, 3), (4, 4)])
 def test_a_nan_is_never_lost(at: tuple[int, int], impl: str, variant: str) -> None:
     T = torch.randn(19, 19, 2)

@@ -8,13 +8,12 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
-from oracle import EAGER_IMPLS
+from gpu_on_cpu import every_impl
 from strategies import features
 from torch import Tensor
 
 from wcmi_fast import functional
 
-both_impls = pytest.mark.parametrize("impl", EAGER_IMPLS)
 EXTRA = {
     "dv": {},
     "infonce": {},
@@ -60,7 +59,7 @@ BAD_SHAPES = [
 
 
 @every_function
-@both_impls
+@every_impl
 @pytest.mark.parametrize(("z", "h", "sentence"), BAD_SHAPES)
 def test_shapes_of_features(
     z: tuple[int, ...], h: tuple[int, ...], sentence: str, impl: str, function: str
@@ -84,7 +83,7 @@ def test_dtypes_of_features(dtype: torch.dtype, function: str) -> None:
 
 
 @every_function
-@both_impls
+@every_impl
 def test_features_of_two_dtypes_or_devices(impl: str, function: str) -> None:
     z, h = features(5, 2, 3)
     with refused(TypeError, f"{function}: h has dtype torch.float64, wanted z's, torch.float32"):
@@ -112,7 +111,7 @@ BAD_SCORES = [
 
 
 @every_function
-@both_impls
+@every_impl
 @pytest.mark.parametrize(("shape", "sentence"), BAD_SCORES)
 def test_shapes_of_scores(shape: tuple[int, ...], sentence: str, impl: str, function: str) -> None:
     with refused(ValueError, f"{function}: {sentence}"):
@@ -179,7 +178,7 @@ LACKING = [
 
 
 @pytest.mark.parametrize(("function", "which", "field"), LACKING)
-@both_impls
+@every_impl
 def test_stats_of_another_bound(impl: str, function: str, which: str, field: str) -> None:
     stats = functional.critic_stats(*features(5, 2, 3), which=which, impl=impl)
     wanted = "the stats of critic_stats(..., which=) with this bound among the names"
@@ -209,7 +208,7 @@ BAD_MASKS = [
 
 
 @every_function
-@both_impls
+@every_impl
 @pytest.mark.parametrize(("mask", "error", "sentence"), BAD_MASKS)
 def test_masks(
     mask: Tensor, error: type[Exception], sentence: str, impl: str, function: str
@@ -243,7 +242,7 @@ def test_unknown_measure(measure: str | None) -> None:
         functional.fenchel_dual(*features(5, 2, 3), measure=measure)
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("tau", [0.0, -1.0, math.nan, math.inf, -math.inf])
 def test_bad_tau(tau: float, impl: str) -> None:
     with refused(ValueError, f"smile: tau is {tau}, wanted a finite number > 0"):
@@ -252,7 +251,7 @@ def test_bad_tau(tau: float, impl: str) -> None:
         functional.critic_stats(*features(5, 2, 3), which="smile", tau=tau, impl=impl)
 
 
-@both_impls
+@every_impl
 def test_tau_of_other_stats(impl: str) -> None:
     stats = functional.critic_stats(*features(5, 2, 3), which="smile", tau=1.0, impl=impl)
     with refused(ValueError, "smile: tau is 2.0, wanted that of stats, 1.0"):

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from gpu_on_cpu import every_impl
 from oracle import (
     EAGER_IMPLS,
     VARIANTS,
@@ -19,7 +20,6 @@ from oracle import (
 from strategies import features
 from torch import Tensor
 
-both_impls = pytest.mark.parametrize("impl", EAGER_IMPLS)
 all_variants = pytest.mark.parametrize("variant", VARIANTS)
 INF, NAN = float("inf"), float("nan")
 
@@ -100,7 +100,7 @@ def test_every_mask_of_five_rows(variant: str) -> None:
             assert torch.equal(value, bound(variant, *short, impl=impl))
 
 
-@both_impls
+@every_impl
 @all_masks
 def test_a_mask_in_one_sweep(rows: list[bool], impl: str) -> None:
     mask = torch.tensor(rows)

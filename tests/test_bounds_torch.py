@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from gpu_on_cpu import every_impl
 from oracle import (
-    EAGER_IMPLS,
     STATS_NAMES,
     TAU,
     VARIANTS,
@@ -24,7 +24,6 @@ from torch import Tensor
 
 from wcmi_fast import functional
 
-both_impls = pytest.mark.parametrize("impl", EAGER_IMPLS)
 all_variants = pytest.mark.parametrize("variant", VARIANTS)
 both_keeps = pytest.mark.parametrize("kept_bytes", [0, 4 << 20])
 # mine's gradient has a running mean in it that is held fixed, so that finite differences of the
@@ -48,7 +47,7 @@ def every_bound_from_stats(z: Tensor, h: Tensor, **options: object) -> Tensor:
 
 
 @all_variants
-@both_impls
+@every_impl
 def test_gradient_goes_through_the_callers_graph(impl: str, variant: str) -> None:
     images, encoder = torch.randn(9, 6), torch.randn(6, 4, requires_grad=True)
 
@@ -73,7 +72,7 @@ def test_backward_twice_over_a_retained_graph_gives_the_same(kept_bytes: int, va
     assert torch.equal(first, second)
 
 
-@both_impls
+@every_impl
 def test_inputs_are_left_as_they_were(impl: str) -> None:
     z, h = features(17, 3, 5)
     T = as_scores(z, h)
@@ -84,7 +83,7 @@ def test_inputs_are_left_as_they_were(impl: str) -> None:
         assert torch.equal(ours, wanted)
 
 
-@both_impls
+@every_impl
 @all_variants
 def test_an_input_changed_before_backward_is_an_error(variant: str, impl: str) -> None:
     z, h = (t.requires_grad_() for t in features(5, 2, 3))
@@ -99,7 +98,7 @@ def test_an_input_changed_before_backward_is_an_error(variant: str, impl: str) -
 # ---- second derivatives -------------------------------------------------------------------------
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("variant", TWICE)
 def test_gradgradcheck(variant: str, impl: str) -> None:
     z, h = (t.requires_grad_() for t in features(4, 2, 3, torch.float64, 0.5))
@@ -113,7 +112,7 @@ def test_gradgradcheck(variant: str, impl: str) -> None:
     assert torch.autograd.gradgradcheck(lambda t: bound(variant, t, impl=impl), (T,))
 
 
-@both_impls
+@every_impl
 def test_gradgradcheck_of_masked_bounds_from_one_sweep(impl: str) -> None:
     mask = torch.tensor([True, True, False, True, True])
     z, h = (t.requires_grad_() for t in features(5, 2, 3, torch.float64, 0.5))
@@ -126,7 +125,7 @@ def test_gradgradcheck_of_masked_bounds_from_one_sweep(impl: str) -> None:
     assert torch.autograd.gradgradcheck(total, (z, h))
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("variant", TWICE)
 def test_derivatives_where_h_depends_on_z(variant: str, impl: str) -> None:
     # gradgradcheck alone would compare the gradient of create_graph=True with itself.
@@ -143,7 +142,7 @@ def test_derivatives_where_h_depends_on_z(variant: str, impl: str) -> None:
 
 
 @all_variants
-@both_impls
+@every_impl
 def test_create_graph_does_not_change_the_gradient(impl: str, variant: str) -> None:
     z, h = (t.requires_grad_() for t in features(9, 3, 5, torch.float64))
     T = as_scores(z, h).detach()
@@ -159,7 +158,7 @@ def test_create_graph_does_not_change_the_gradient(impl: str, variant: str) -> N
         torch.testing.assert_close(torch.autograd.grad(value, inputs, create_graph=True), once)
 
 
-@both_impls
+@every_impl
 @both_keeps
 def test_a_gradient_penalty_in_float32_follows_float64(kept_bytes: int, impl: str) -> None:
     z, h = features(9, 3, 5)
@@ -181,7 +180,7 @@ def test_a_gradient_penalty_in_float32_follows_float64(kept_bytes: int, impl: st
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__)
 @all_variants
-@both_impls
+@every_impl
 def test_without_gradients(impl: str, variant: str, mode: Callable[[], torch.no_grad]) -> None:
     z, h = features(17, 3, 5)
     wanted = bound(variant, z, h, impl=impl)
@@ -191,14 +190,14 @@ def test_without_gradients(impl: str, variant: str, mode: Callable[[], torch.no_
     torch.testing.assert_close(value.clone(), wanted)
 
 
-@both_impls
+@every_impl
 def test_inputs_without_gradients_give_a_value_without_a_graph(impl: str) -> None:
     for variant in VARIANTS:
         assert not bound(variant, *features(5, 2, 3), impl=impl).requires_grad
 
 
 @all_variants
-@both_impls
+@every_impl
 def test_autocast_changes_nothing(impl: str, variant: str) -> None:
     z, h = features(33, 3, 64, scale=0.3)
     wanted = value_and_grads(lambda a, b: bound(variant, a, b, impl=impl), z, h)
@@ -252,14 +251,14 @@ def compiled_programs(impl: str) -> Iterator[tuple[Callable[..., Tensor], tuple[
     yield lambda a, b: every_bound_from_stats(a.tanh(), b, impl=impl), (z, h)
 
 
-@both_impls
+@every_impl
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_as_one_graph(impl: str) -> None:
     for program, inputs in compiled_programs(impl):
         check_compiled(program, "aot_eager", *inputs)
 
 
-@both_impls
+@every_impl
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_with_inductor(impl: str) -> None:

@@ -221,8 +221,29 @@ def test_the_cuda_sources_compile_where_nvcc_is(tmp_path: Path) -> None:
     done = build_wheel(tree, tmp_path, WCMI_FAST_CUDA="1")
     assert done.returncode == 0, done.stdout
     assert wheel_binaries(tmp_path) == ["_cpu", "_cuda"]
-    for path in (tree / "build").rglob("lib.*/wcmi_fast/_cuda*.so"):
-        assert torch_symbols(path) == []
+    (path,) = (tree / "build").rglob("lib.*/wcmi_fast/_cuda*.so")
+    assert torch_symbols(path) == []
+    if not torch.cuda.is_available():
+        check_launch_without_a_driver(path)
+
+
+def check_launch_without_a_driver(path: Path) -> None:
+    """The binary loads, and a launch is one sentence."""
+    code = (
+        "import importlib.util as u\n"
+        f"spec = u.spec_from_file_location('_cuda', {str(path)!r})\n"
+        "module = u.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "try:\n"
+        "    module.linf_step(0, 0, 0, 0, 4, 0.1, 0.1, 0.0, 1.0, 0, 0)\n"
+        "except RuntimeError as error:\n"
+        "    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(
+        "linf_step_: the CUDA launch on device 0 failed: no NVIDIA driver"
+    )
+    assert "(error 35)" in done.stdout
 
 
 @pytest.fixture

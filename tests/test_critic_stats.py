@@ -425,8 +425,8 @@ def test_tiles_cover_the_scores_once(tile_rows: int, tile_bytes: int) -> None:
 def test_scores_are_kept_when_asked(dtype: torch.dtype) -> None:
     z, h = features(9, 3, 5, dtype)
     operator = torch.ops.wcmi_fast.critic_stats_fwd
-    kept, scores = operator(z, h, ALL, TAU, True)
-    recomputed, none = operator(z, h, ALL, TAU, False)
+    kept, scores = operator(z, h, ALL, TAU, True, "cpu")
+    recomputed, none = operator(z, h, ALL, TAU, False, "cpu")
     torch.testing.assert_close(scores, plain_scores(z, h))
     assert none.numel() == 0
     torch.testing.assert_close(kept, recomputed)
@@ -496,7 +496,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck_critic_stats_forward(keep: bool, which: int, dtype: torch.dtype) -> None:
     """opcheck compares real outputs with the fake's shapes, strides and dtypes, among others."""
     z, h = features(5, 2, 3, dtype)
-    torch.library.opcheck(OPS.critic_stats_fwd.default, (z, h, which, TAU, keep))
+    torch.library.opcheck(OPS.critic_stats_fwd.default, (z, h, which, TAU, keep, "cpu"))
 
 
 @every_dtype
@@ -507,21 +507,23 @@ def test_opcheck_critic_stats_backward(
     needed: tuple[bool, bool], keep: bool, which: int, dtype: torch.dtype
 ) -> None:
     z, h = features(5, 2, 3, dtype)
-    stats, scores = OPS.critic_stats_fwd(z, h, which, TAU, keep)
+    stats, scores = OPS.critic_stats_fwd(z, h, which, TAU, keep, "cpu")
     dstats = [torch.rand_like(statistic) for statistic in stats]
     lse = stats[1 if which & LSE else 0]
-    torch.library.opcheck(OPS.critic_stats_bwd.default, (dstats, z, h, lse, scores, which, *needed))
+    torch.library.opcheck(
+        OPS.critic_stats_bwd.default, (dstats, z, h, lse, scores, which, *needed, "cpu")
+    )
 
 
 @every_dtype
 @some_statistics
 def test_opcheck_score_stats(which: int, dtype: torch.dtype) -> None:
     T = torch.randn(5, 5, 2).to(dtype)
-    torch.library.opcheck(OPS.score_stats_fwd.default, (T, which, TAU))
-    stats = OPS.score_stats_fwd(T, which, TAU)
+    torch.library.opcheck(OPS.score_stats_fwd.default, (T, which, TAU, "cpu"))
+    stats = OPS.score_stats_fwd(T, which, TAU, "cpu")
     dstats = [torch.rand_like(statistic) for statistic in stats]
     lse = stats[1 if which & LSE else 0]
-    torch.library.opcheck(OPS.score_stats_bwd.default, (dstats, T, lse, which))
+    torch.library.opcheck(OPS.score_stats_bwd.default, (dstats, T, lse, which, "cpu"))
 
 
 def test_an_operator_without_autograd_is_an_error() -> None:
@@ -533,4 +535,4 @@ def test_an_operator_without_autograd_is_an_error() -> None:
     with pytest.raises(UserWarning, match="an autograd kernel was not registered"):
         torch.ops.wcmi_fast_tests.twice(x).sum().backward()
     with pytest.raises(RuntimeError, match="automatic differentiation"):
-        OPS.critic_stats_fwd(x[:, None], x[:, None, None], LSE, TAU, False)
+        OPS.critic_stats_fwd(x[:, None], x[:, None, None], LSE, TAU, False, "cpu")

@@ -8,13 +8,13 @@ import re
 
 import pytest
 import torch
-from oracle import DTYPES, EAGER_IMPLS, as_scores, limits, plain_dv, value_and_grads
+from gpu_on_cpu import every_impl
+from oracle import DTYPES, as_scores, limits, plain_dv, value_and_grads
 from strategies import features
 from torch import Tensor
 
 from wcmi_fast import functional
 
-both_impls = pytest.mark.parametrize("impl", EAGER_IMPLS)
 both_keeps = pytest.mark.parametrize("kept_bytes", [0, 4 << 20])
 
 
@@ -42,7 +42,7 @@ class PlainMine:
         return (split(T)[0].mean(0) - now / self.average).mean()
 
 
-@both_impls
+@every_impl
 @both_keeps
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
 def test_batches_in_a_row(decay: float, kept_bytes: int, impl: str) -> None:
@@ -59,7 +59,7 @@ def test_batches_in_a_row(decay: float, kept_bytes: int, impl: str) -> None:
         torch.testing.assert_close(state.log_mean, plain.average.log())
 
 
-@both_impls
+@every_impl
 def test_the_first_batch_and_a_decay_of_0_have_the_gradient_of_dv(impl: str) -> None:
     for decay in (0.99, 0.0):
         z, h = features(9, 3, 5)
@@ -74,7 +74,7 @@ def test_the_first_batch_and_a_decay_of_0_have_the_gradient_of_dv(impl: str) -> 
     torch.testing.assert_close(later, wanted)
 
 
-@both_impls
+@every_impl
 def test_the_past_changes_the_gradient_and_not_the_value(impl: str) -> None:
     z, h = features(9, 3, 5)
     results = []
@@ -88,7 +88,7 @@ def test_the_past_changes_the_gradient_and_not_the_value(impl: str) -> None:
     assert (results[0].grads[0] - results[1].grads[0]).abs().max() > 0.1
 
 
-@both_impls
+@every_impl
 def test_scores_whose_exponentials_overflow(impl: str) -> None:
     state, T = functional.EMAState(0.5), torch.randn(9, 9, 2)
     for shift in (150.0, 149.0, -150.0):
@@ -100,7 +100,7 @@ def test_scores_whose_exponentials_overflow(impl: str) -> None:
     torch.testing.assert_close(state.log_mean.double(), wanted, rtol=0, atol=1e-4)
 
 
-@both_impls
+@every_impl
 def test_the_second_derivative_is_that_of_the_corrected_term(impl: str) -> None:
     z, h = (t.requires_grad_() for t in features(5, 2, 3, torch.float64))
 
@@ -186,7 +186,7 @@ BAD_PASTS = [
 ]
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize(("past", "error", "message"), BAD_PASTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_state_of_other_inputs_is_refused_and_kept(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_on_cpu import assume_supported, every_impl, gpu_turns, order
 from hypothesis import given, settings
-from oracle import DTYPES, EAGER_IMPLS, assert_same_bits, binary, level, plain_keep_best
+from oracle import DTYPES, assert_same_bits, binary, level, plain_keep_best
 from strategies import IMAGE_LAYOUTS, BestCase, best_cases, lay_out
 from torch import Tensor
 
 from wcmi_fast import functional
 
-both_impls = pytest.mark.parametrize("impl", EAGER_IMPLS)
 INF, NAN = float("inf"), float("nan")
 
 
@@ -46,7 +46,17 @@ def test_rows_of_the_loop_at_every_level(case: BestCase) -> None:
     check_keep(case.best_x, case.best_value, case.x, case.value, impl="reference")
 
 
-@both_impls
+@gpu_turns
+@settings(max_examples=20)
+@given(case=best_cases())
+def test_rows_of_the_loop_on_gpu_back_ends(case: BestCase, impl: str, turn: int) -> None:
+    assume_supported(impl, case.x.dtype)
+    assume_supported(impl, case.value.dtype)
+    with order(impl, turn):
+        check_keep(case.best_x, case.best_value, case.x, case.value, impl=impl)
+
+
+@every_impl
 @pytest.mark.parametrize("value_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_by_hand(dtype: torch.dtype, value_dtype: torch.dtype, impl: str) -> None:
@@ -61,7 +71,7 @@ def test_by_hand(dtype: torch.dtype, value_dtype: torch.dtype, impl: str) -> Non
     assert_same_bits(best_value, wanted)
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize(("value", "kept"), [(2.0, True), (1.0, False), (NAN, False)])
 def test_one_value_for_the_batch(value: float, kept: bool, impl: str) -> None:
     best_x, best_value = torch.zeros(4, 3, 5), torch.tensor(1.5)
@@ -97,7 +107,7 @@ def test_thread_count_changes_nothing(shape: tuple[int, ...], dtype: torch.dtype
 # ---- layouts ------------------------------------------------------------------------------------
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("of_best", IMAGE_LAYOUTS)
 @pytest.mark.parametrize("of_x", IMAGE_LAYOUTS)
 def test_memory_layouts(of_best: str, of_x: str, impl: str) -> None:
@@ -122,7 +132,7 @@ def test_expanded_x_and_value() -> None:
     check_keep(best_x, best_value, x[:1].expand_as(x), torch.tensor(0.1).expand(4))
 
 
-@both_impls
+@every_impl
 def test_an_expanded_best_is_an_error(impl: str) -> None:
     best_x, best_value, x, value = batch(4, 5)
     message = "more than one element of the written-to tensor"
@@ -132,7 +142,7 @@ def test_an_expanded_best_is_an_error(impl: str) -> None:
         functional.keep_best_(best_x, best_value[:1].expand(4), x, value, impl=impl)
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("shape", [(0,), (0, 3, 8, 8), (2, 0), (1,), (5,), (1, 1, 1, 1)])
 def test_empty_tensors_and_rows_of_one(shape: tuple[int, ...], impl: str) -> None:
     best_x, best_value = torch.zeros(shape), torch.zeros(shape[0])
@@ -140,7 +150,7 @@ def test_empty_tensors_and_rows_of_one(shape: tuple[int, ...], impl: str) -> Non
     assert (best_value == 1).all()
 
 
-@both_impls
+@every_impl
 def test_scalar_images(impl: str) -> None:
     best_x, best_value = torch.tensor(0.0), torch.tensor(0.0)
     check_keep(best_x, best_value, torch.tensor(1.0), torch.tensor(2.0), impl=impl)
@@ -150,7 +160,7 @@ def test_scalar_images(impl: str) -> None:
 # ---- autograd's and torch's modes ---------------------------------------------------------------
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("which", [0, 1])
 def test_autograd_sees_that_the_best_has_changed(which: int, impl: str) -> None:
     arguments = batch(5, 7)
@@ -160,7 +170,7 @@ def test_autograd_sees_that_the_best_has_changed(which: int, impl: str) -> None:
         loss.backward()
 
 
-@both_impls
+@every_impl
 def test_the_copy_has_no_gradient(impl: str) -> None:
     best_x, best_value, x, value = batch(5, 7)
     x, value = x.requires_grad_(), value.requires_grad_()
@@ -169,13 +179,13 @@ def test_the_copy_has_no_gradient(impl: str) -> None:
     assert not best_value.requires_grad
 
 
-@both_impls
+@every_impl
 def test_inference_mode(impl: str) -> None:
     with torch.inference_mode():
         check_keep(*batch(5, 7), impl=impl)
 
 
-@both_impls
+@every_impl
 def test_compiles_as_one_graph(impl: str) -> None:
     def keep(best_x: Tensor, best_value: Tensor, x: Tensor, value: Tensor) -> Tensor:
         functional.keep_best_(best_x, best_value, x, value, impl=impl)
@@ -200,7 +210,8 @@ def test_opcheck(per_batch: bool, layout: str, dtype: torch.dtype) -> None:
     if per_batch:
         best_value, value = best_value[0].clone(), value[0].clone()
     best_x, x = lay_out(best_x, layout), lay_out(x, layout)
-    torch.library.opcheck(torch.ops.wcmi_fast.keep_best_.default, (best_x, best_value, x, value))
+    arguments = (best_x, best_value, x, value, "cpu")
+    torch.library.opcheck(torch.ops.wcmi_fast.keep_best_.default, arguments)
 
 
 # ---- bad input ----------------------------------------------------------------------------------
@@ -251,7 +262,7 @@ def test_bad_arguments(bad: dict[str, object], error: type[Exception], message: 
     assert all(torch.equal(fine[name], before[name]) for name in names)
 
 
-@both_impls
+@every_impl
 def test_shared_memory_is_refused(impl: str) -> None:
     whole, values = torch.rand(6, 4), torch.rand(6)
     wanted = "keep_best_: {0} shares memory with {1}, wanted tensors apart, as {1}.clone"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_on_cpu import assume_supported, every_impl, gpu_turns, order
 from hypothesis import given, settings
 from oracle import (
     DTYPES,
-    EAGER_IMPLS,
     assert_same_bits,
     binary,
     error_rule,
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from wcmi_fast import functional
 
-both_impls = pytest.mark.parametrize("impl", EAGER_IMPLS)
 INF, NAN = float("inf"), float("nan")
 CLIP = (0.0, 1.0)
 
@@ -69,7 +68,16 @@ def test_error_rule_ball_and_box(case: RowsCase) -> None:
         assert distance <= case.eps + size**0.5 * unit * (x.abs().max().item() + case.eps)
 
 
-@both_impls
+@gpu_turns
+@settings(max_examples=15)
+@given(case=rows_cases())
+def test_error_rule_on_gpu_back_ends(case: RowsCase, impl: str, turn: int) -> None:
+    assume_supported(impl, case.x.dtype)
+    with order(impl, turn):
+        check_step(case.x, case.grad, case.origin, case.eps, case.step_size, case.clip, impl)
+
+
+@every_impl
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_by_hand(dtype: torch.dtype, impl: str) -> None:
     """Binary fractions, exact in every dtype, with |(3, 4)| = 5."""
@@ -87,7 +95,7 @@ def test_by_hand(dtype: torch.dtype, impl: str) -> None:
     ]
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_zero_gradient_moves_nothing_inside_the_ball(dtype: torch.dtype, impl: str) -> None:
     x, grad, origin = step_operands(3, 517, dtype=dtype)
@@ -102,7 +110,7 @@ def test_a_zero_gradient_moves_nothing_inside_the_ball(dtype: torch.dtype, impl:
     assert (distances - 0.25).abs().max() < 23 * torch.finfo(dtype).eps
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_nan_in_the_gradient_leaves_its_row_even_outside_ball_and_clip(
     dtype: torch.dtype, impl: str
@@ -117,7 +125,7 @@ def test_a_nan_in_the_gradient_leaves_its_row_even_outside_ball_and_clip(
     assert_same_bits(x[::2], wanted[::2])
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [4, 9, 600])
 def test_infinite_gradients_outweigh_the_rest(size: int, dtype: torch.dtype, impl: str) -> None:
@@ -130,7 +138,7 @@ def test_infinite_gradients_outweigh_the_rest(size: int, dtype: torch.dtype, imp
     assert_same_bits(x, wanted)
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("place", ["x", "origin"])
 def test_a_nan_in_x_or_origin_makes_its_row_nan(place: str, dtype: torch.dtype, impl: str) -> None:
@@ -141,7 +149,7 @@ def test_a_nan_in_x_or_origin_makes_its_row_nan(place: str, dtype: torch.dtype, 
     assert x[::2].isfinite().all()
 
 
-@both_impls
+@every_impl
 def test_an_infinite_x_is_put_on_the_ball(impl: str) -> None:
     x, origin = torch.full((1, 4), 0.5), torch.full((1, 4), 0.5)
     x[0, 2] = -INF
@@ -149,7 +157,7 @@ def test_an_infinite_x_is_put_on_the_ball(impl: str) -> None:
     assert x.tolist() == [[0.5, 0.5, 0.25, 0.5]]
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("size", [1, 7, 100, 3000])
 @pytest.mark.parametrize(
     ("dtype", "exponents"),
@@ -176,7 +184,7 @@ def test_the_size_of_a_gradient_does_not_matter(
         assert_same_bits(found, wanted)
 
 
-@both_impls
+@every_impl
 def test_subnormal_gradients(impl: str) -> None:
     for dtype, smallest in ((torch.float32, 2.0**-149), (torch.float64, 2.0**-1074)):
         x, grad = torch.full((1, 2), 0.5, dtype=dtype), torch.zeros(1, 2, dtype=dtype)
@@ -200,7 +208,7 @@ def test_offsets_whose_squares_leave_the_range(dtype: torch.dtype) -> None:
             assert x.tolist() == ([[1.0, 0.0]] if eps > 1 else [[0.0, 0.0]])
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_eps_zero_is_the_origin(dtype: torch.dtype, impl: str) -> None:
     x, grad, origin = step_operands(3, 129, dtype=dtype)
@@ -241,7 +249,7 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
 # ---- layouts ------------------------------------------------------------------------------------
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("of_x", IMAGE_LAYOUTS)
 @pytest.mark.parametrize("of_grad", IMAGE_LAYOUTS)
 def test_memory_layouts(of_x: str, of_grad: str, impl: str) -> None:
@@ -269,14 +277,14 @@ def test_expanded_gradient_and_origin() -> None:
     check_step(x, grad[:1].expand_as(x), origin[:, :1].expand_as(x), 0.5, 0.3)
 
 
-@both_impls
+@every_impl
 def test_expanded_x_is_an_error(impl: str) -> None:
     x, grad, origin = step_operands(4, 5)
     with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
         functional.l2_step_(x[:1].expand(4, 5), grad, origin, eps=0.1, step_size=0.1, impl=impl)
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("shape", [(0,), (0, 3, 8, 8), (2, 0), (1,), (5,), (1, 1, 1, 1)])
 def test_empty_tensors_and_rows_of_one(shape: tuple[int, ...], impl: str) -> None:
     x, grad, origin = torch.full(shape, 0.5), torch.full(shape, -3.0), torch.full(shape, 0.5)
@@ -287,7 +295,7 @@ def test_empty_tensors_and_rows_of_one(shape: tuple[int, ...], impl: str) -> Non
 # ---- autograd's and torch's modes ---------------------------------------------------------------
 
 
-@both_impls
+@every_impl
 def test_autograd_sees_that_x_has_changed(impl: str) -> None:
     x, grad, origin = step_operands(5, 7)
     loss = (x * torch.ones(7, requires_grad=True)).sum()
@@ -296,7 +304,7 @@ def test_autograd_sees_that_x_has_changed(impl: str) -> None:
         loss.backward()
 
 
-@both_impls
+@every_impl
 def test_the_step_has_no_gradient(impl: str) -> None:
     x, grad, origin = step_operands(5, 7)
     leaf = x.clone().requires_grad_()
@@ -309,13 +317,13 @@ def test_the_step_has_no_gradient(impl: str) -> None:
     assert torch.equal(leaf, x)
 
 
-@both_impls
+@every_impl
 def test_inference_mode(impl: str) -> None:
     with torch.inference_mode():
         check_step(*step_operands(5, 7), 0.5, 0.3, impl=impl)
 
 
-@both_impls
+@every_impl
 def test_autocast_changes_nothing(impl: str) -> None:
     x, grad, origin = step_operands(5, 7)
     wanted = functional.l2_step_(x.clone(), grad, origin, eps=0.5, step_size=0.3, impl=impl)
@@ -324,7 +332,7 @@ def test_autocast_changes_nothing(impl: str) -> None:
     assert_same_bits(x, wanted)
 
 
-@both_impls
+@every_impl
 def test_compiles_as_one_graph(impl: str) -> None:
     def two_steps(x: Tensor, grad: Tensor, origin: Tensor) -> Tensor:
         for _ in range(2):
@@ -346,7 +354,7 @@ def test_compiles_as_one_graph(impl: str) -> None:
 def test_opcheck(layout: str, dtype: torch.dtype) -> None:
     x, grad, origin = (lay_out(t, layout) for t in step_operands(5, 7, dtype=dtype))
     torch.library.opcheck(
-        torch.ops.wcmi_fast.l2_step_.default, (x, grad, origin, 0.5, 0.3, 0.0, 1.0)
+        torch.ops.wcmi_fast.l2_step_.default, (x, grad, origin, 0.5, 0.3, 0.0, 1.0, "cpu")
     )
 
 
@@ -391,7 +399,7 @@ def test_tensors_that_disagree(name: str) -> None:
             functional.l2_step_(x, **{**fine, name: tensor})
 
 
-@both_impls
+@every_impl
 def test_an_x_that_cannot_be_stepped(impl: str) -> None:
     x, grad, origin = step_operands(5, 7)
     numbers = {"eps": 0.1, "step_size": 0.1, "impl": impl}
@@ -404,7 +412,7 @@ def test_an_x_that_cannot_be_stepped(impl: str) -> None:
         functional.l2_step_(x.requires_grad_(), grad, origin, **numbers)
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("name", ["grad", "origin"])
 def test_shared_memory_is_refused(name: str, impl: str) -> None:
     whole, other = torch.rand(3, 4), torch.rand(2, 4)

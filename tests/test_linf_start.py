@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_on_cpu import assume_supported, every_impl, gpu_turns, order
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import (
     DTYPES,
-    EAGER_IMPLS,
     assert_same_bits,
     binary,
     level,
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from wcmi_fast import functional, philox
 
-both_impls = pytest.mark.parametrize("impl", EAGER_IMPLS)
 INF, NAN = float("inf"), float("nan")
 CLIP = (0.0, 1.0)
 LAST_SEED = 2**63 - 1
@@ -75,7 +74,7 @@ def test_known_answers(given: tuple[str, str], result: str) -> None:
     assert found.tolist() == words(result)
 
 
-@both_impls
+@every_impl
 def test_the_first_numbers_are_those_of_the_known_answer(impl: str) -> None:
     start = functional.linf_start_(
         torch.empty(4), torch.zeros(4), eps=1.0, seed=0, clip=(-1.0, 1.0), impl=impl
@@ -120,14 +119,17 @@ def test_numbers_are_uniform_and_seeds_independent() -> None:
 # ---- bits ---------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100)
-@given(
+starts = given(
     dtype=st.sampled_from(DTYPES),
     size=st.sampled_from((*STEP_SIZES, 255, 256, 257, 513, *STEP_BLOCK_SIZES)),
     eps=st.sampled_from((0.0, 1e-8, 8 / 255, 0.3, 2.0, 1e5, 3e38)),
     seed=st.integers(0, LAST_SEED),
     clip=st.sampled_from((CLIP, (-1.0, 1.0), (0.1, 0.7), (-1e4, 1e4), (-INF, INF))),
 )
+
+
+@settings(max_examples=100)
+@starts
 def test_bits_of_the_formula_at_every_level(
     dtype: torch.dtype, size: int, eps: float, seed: int, clip: tuple[float, float]
 ) -> None:
@@ -140,7 +142,26 @@ def test_bits_of_the_formula_at_every_level(
     check_start(x, origin, eps, seed, clip, impl="reference")
 
 
-@both_impls
+@gpu_turns
+@settings(max_examples=15)
+@starts
+def test_bits_of_the_formula_on_gpu_back_ends(
+    dtype: torch.dtype,
+    size: int,
+    eps: float,
+    seed: int,
+    clip: tuple[float, float],
+    impl: str,
+    turn: int,
+) -> None:
+    assume_supported(impl, dtype)
+    x, origin = centres(size, dtype=dtype)
+    origin[3::50] = NAN
+    with order(impl, turn):
+        check_start(x, origin, eps, seed, clip, impl=impl)
+
+
+@every_impl
 @settings(max_examples=50)
 @given(
     dtype=st.sampled_from(DTYPES),
@@ -174,7 +195,7 @@ def test_thread_count_changes_no_bit(size: int, dtype: torch.dtype) -> None:
         torch.set_num_threads(before)
 
 
-@both_impls
+@every_impl
 def test_every_dtype_has_the_same_numbers(impl: str) -> None:
     numbers = plain_uniform(1001, 9)
     for dtype in DTYPES:
@@ -183,7 +204,7 @@ def test_every_dtype_has_the_same_numbers(impl: str) -> None:
         assert torch.equal(x, numbers.to(dtype))
 
 
-@both_impls
+@every_impl
 def test_eps_zero_is_the_origin(impl: str) -> None:
     x, origin = centres(67)
     functional.linf_start_(x, origin, eps=0.0, seed=0, impl=impl)
@@ -193,7 +214,7 @@ def test_eps_zero_is_the_origin(impl: str) -> None:
 # ---- layouts ------------------------------------------------------------------------------------
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("of_x", IMAGE_LAYOUTS)
 @pytest.mark.parametrize("of_origin", IMAGE_LAYOUTS)
 def test_memory_layouts(of_x: str, of_origin: str, impl: str) -> None:
@@ -218,14 +239,14 @@ def test_expanded_origin() -> None:
     check_start(x, origin[:1].expand_as(x), 0.1, 3)
 
 
-@both_impls
+@every_impl
 def test_expanded_x_is_an_error(impl: str) -> None:
     x, origin = centres(4, 5)
     with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
         functional.linf_start_(x[:1].expand(4, 5), origin, eps=0.1, seed=0, impl=impl)
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3, 8, 8), (2, 0), (1,), (1, 1, 1, 1)])
 def test_empty_and_scalar_tensors(shape: tuple[int, ...], impl: str) -> None:
     x, origin = torch.full(shape, NAN), torch.full(shape, 0.5)
@@ -235,7 +256,7 @@ def test_empty_and_scalar_tensors(shape: tuple[int, ...], impl: str) -> None:
 # ---- autograd's and torch's modes ---------------------------------------------------------------
 
 
-@both_impls
+@every_impl
 def test_autograd_sees_that_x_has_changed(impl: str) -> None:
     x, origin = centres(5, 7)
     loss = (x * torch.ones(7, requires_grad=True)).sum()
@@ -244,7 +265,7 @@ def test_autograd_sees_that_x_has_changed(impl: str) -> None:
         loss.backward()
 
 
-@both_impls
+@every_impl
 def test_the_start_has_no_gradient(impl: str) -> None:
     x, origin = centres(5, 7)
     functional.linf_start_(x, origin.requires_grad_(), eps=0.1, seed=0, impl=impl)
@@ -256,13 +277,13 @@ def test_the_start_has_no_gradient(impl: str) -> None:
     assert torch.equal(leaf, x)
 
 
-@both_impls
+@every_impl
 def test_inference_mode(impl: str) -> None:
     with torch.inference_mode():
         check_start(*centres(5, 7), 0.1, 3, impl=impl)
 
 
-@both_impls
+@every_impl
 def test_compiles_as_one_graph(impl: str) -> None:
     def start(x: Tensor, origin: Tensor) -> Tensor:
         return functional.linf_start_(x, origin, eps=0.1, seed=3, impl=impl) + 1
@@ -281,7 +302,9 @@ def test_compiles_as_one_graph(impl: str) -> None:
 def test_opcheck(layout: str, dtype: torch.dtype) -> None:
     x, origin = torch.zeros(5, 7, dtype=dtype), torch.rand(5, 7).to(dtype)
     x, origin = lay_out(x, layout), lay_out(origin, layout)
-    torch.library.opcheck(torch.ops.wcmi_fast.linf_start_.default, (x, origin, 0.1, 5, 0.0, 1.0))
+    torch.library.opcheck(
+        torch.ops.wcmi_fast.linf_start_.default, (x, origin, 0.1, 5, 0.0, 1.0, "cpu")
+    )
 
 
 # ---- bad input ----------------------------------------------------------------------------------
@@ -325,7 +348,7 @@ def test_tensors_that_disagree(origin: Tensor, error: type[Exception], message: 
         functional.linf_start_(torch.zeros(5, 7), origin, eps=0.1, seed=0)
 
 
-@both_impls
+@every_impl
 def test_an_x_that_is_no_place_for_the_start(impl: str) -> None:
     x, origin = torch.zeros(5), torch.rand(5)
     with pytest.raises(TypeError, match=r"x has dtype torch\.int64, wanted a float"):
@@ -334,7 +357,7 @@ def test_an_x_that_is_no_place_for_the_start(impl: str) -> None:
         functional.linf_start_(x.requires_grad_(), origin, eps=0.1, seed=0, impl=impl)
 
 
-@both_impls
+@every_impl
 def test_shared_memory_is_refused(impl: str) -> None:
     whole = torch.rand(12)
     message = r"linf_start_: x shares memory with origin, wanted tensors apart, as origin.clone\(\)"

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gpu_on_cpu import assume_supported, every_impl, gpu_turns, order
 from hypothesis import given, settings
-from oracle import DTYPES, EAGER_IMPLS, assert_same_bits, binary, level, plain_linf_step
+from oracle import DTYPES, assert_same_bits, binary, level, plain_linf_step
 from strategies import IMAGE_LAYOUTS, STEP_BLOCK_SIZES, StepCase, lay_out, step_cases, step_operands
 from torch import Tensor
 
 from wcmi_fast import functional
 
-both_impls = pytest.mark.parametrize("impl", EAGER_IMPLS)
 INF, NAN = float("inf"), float("nan")
 CLIP = (0.0, 1.0)
 
@@ -50,6 +50,15 @@ def test_bits_of_torch_at_every_level(case: StepCase) -> None:
         with level(name):
             check_step(case.x.clone(), *arguments)
     check_step(case.x.clone(), *arguments, impl="reference")
+
+
+@gpu_turns
+@settings(max_examples=20)
+@given(case=step_cases())
+def test_bits_of_torch_on_gpu_back_ends(case: StepCase, impl: str, turn: int) -> None:
+    assume_supported(impl, case.x.dtype)
+    with order(impl, turn):
+        check_step(case.x, case.grad, case.origin, case.eps, case.step_size, case.clip, impl=impl)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -96,7 +105,7 @@ def test_no_fused_multiply_add(dtype: torch.dtype) -> None:
                 check_step(x.clone(), grad, x, 1 / 3, step_size)
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_by_hand(dtype: torch.dtype, impl: str) -> None:
     """Binary fractions, exact in every dtype."""
@@ -107,7 +116,7 @@ def test_by_hand(dtype: torch.dtype, impl: str) -> None:
     assert x.tolist() == [0.625, 0.375, 0.5, 0.6875, 0.0, 1.0, 0.625, 0.375, 0.75]
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_nan_gradient_leaves_the_pixel_even_outside_ball_and_clip(
     dtype: torch.dtype, impl: str
@@ -181,7 +190,7 @@ def test_expanded_gradient_and_origin() -> None:
     check_step(x, grad[:1].expand_as(x), origin[:, :1].expand_as(x), 0.1, 0.05)
 
 
-@both_impls
+@every_impl
 def test_expanded_x_is_an_error(impl: str) -> None:
     x, grad, origin = step_operands(4, 5)
     with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
@@ -196,7 +205,7 @@ def test_x_may_be_its_own_origin_or_gradient() -> None:
     assert_same_bits(functional.linf_step_(x, x, x, eps=0.1, step_size=0.05), wanted)
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3, 8, 8), (2, 0), (1,), (1, 1, 1, 1)])
 def test_empty_and_scalar_tensors(shape: tuple[int, ...], impl: str) -> None:
     x, grad, origin = torch.full(shape, 0.5), torch.full(shape, -3.0), torch.full(shape, 0.5)
@@ -207,7 +216,7 @@ def test_empty_and_scalar_tensors(shape: tuple[int, ...], impl: str) -> None:
 # ---- autograd's and torch's modes ---------------------------------------------------------------
 
 
-@both_impls
+@every_impl
 def test_autograd_sees_that_x_has_changed(impl: str) -> None:
     x, grad, origin = step_operands(5, 7)
     weight = torch.ones(7, requires_grad=True)
@@ -217,7 +226,7 @@ def test_autograd_sees_that_x_has_changed(impl: str) -> None:
         loss.backward()
 
 
-@both_impls
+@every_impl
 def test_the_step_has_no_gradient(impl: str) -> None:
     x, grad, origin = step_operands(5, 7)
     wanted = plain_linf_step(x, grad, origin, 0.1, 0.05, CLIP)
@@ -228,7 +237,7 @@ def test_the_step_has_no_gradient(impl: str) -> None:
     assert_same_bits(x, wanted)
 
 
-@both_impls
+@every_impl
 def test_a_leaf_under_no_grad(impl: str) -> None:
     x, grad, origin = step_operands(5, 7)
     wanted = plain_linf_step(x, grad, origin, 0.1, 0.05, CLIP)
@@ -239,13 +248,13 @@ def test_a_leaf_under_no_grad(impl: str) -> None:
     assert_same_bits(x.detach(), wanted)
 
 
-@both_impls
+@every_impl
 def test_inference_mode(impl: str) -> None:
     with torch.inference_mode():
         check_step(*step_operands(5, 7), 0.1, 0.05, impl=impl)
 
 
-@both_impls
+@every_impl
 def test_autocast_changes_nothing(impl: str) -> None:
     x, grad, origin = step_operands(5, 7)
     wanted = plain_linf_step(x, grad, origin, 0.1, 0.05, CLIP)
@@ -270,12 +279,12 @@ def check_compiled(backend: str, impl: str) -> None:
     assert_same_bits(result, wanted + 1)
 
 
-@both_impls
+@every_impl
 def test_compiles_as_one_graph(impl: str) -> None:
     check_compiled("aot_eager", impl)
 
 
-@both_impls
+@every_impl
 @pytest.mark.slow
 def test_compiles_with_inductor(impl: str) -> None:
     check_compiled("inductor", impl)
@@ -286,7 +295,7 @@ def test_compiles_with_inductor(impl: str) -> None:
 def test_opcheck(layout: str, dtype: torch.dtype) -> None:
     x, grad, origin = (lay_out(t, layout) for t in step_operands(5, 7, dtype=dtype))
     torch.library.opcheck(
-        torch.ops.wcmi_fast.linf_step_.default, (x, grad, origin, 0.1, 0.05, 0.0, 1.0)
+        torch.ops.wcmi_fast.linf_step_.default, (x, grad, origin, 0.1, 0.05, 0.0, 1.0, "cpu")
     )
 
 
@@ -321,7 +330,7 @@ BAD_NUMBERS = [
 ]
 
 
-@both_impls
+@every_impl
 @pytest.mark.parametrize(("bad", "message"), BAD_NUMBERS)
 def test_bad_numbers_leave_x_as_it_was(bad: dict[str, float], message: str, impl: str) -> None:
     x, grad, origin = step_operands(5, 7)
@@ -355,7 +364,7 @@ def test_integer_tensors(dtype: torch.dtype) -> None:
         functional.linf_step_(x, x, x, eps=0.1, step_size=0.1)
 
 
-@both_impls
+@every_impl
 def test_an_x_that_requires_grad(impl: str) -> None:
     x, grad, origin = step_operands(5, 7)
     with pytest.raises(ValueError, match=r"x requires grad, wanted x.detach\(\)"):
