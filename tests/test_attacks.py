@@ -587,6 +587,7 @@ class TestBadInput:
             ({"norm": "l1"}, ValueError, "PGD: norm is 'l1', wanted 'linf' or 'l2'"),
             ({"norm": 2}, ValueError, "PGD: norm is 2, wanted 'linf' or 'l2'"),
             ({"random_start": 1}, TypeError, "PGD: random_start is 1, wanted True or False"),
+            ({"cuda_graph": 1}, TypeError, "PGD: cuda_graph is 1, wanted True or False"),
             ({"restarts": 0}, ValueError, "PGD: restarts is 0, wanted 1 or more"),
             ({"restarts": 2}, ValueError, "PGD: restarts is 2 with random_start=False, wanted 1"),
             ({"keep": "worst"}, ValueError, "PGD: keep is 'worst', wanted 'last' or 'best'"),

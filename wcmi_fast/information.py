@@ -15,11 +15,18 @@ from torch.optim import Adam
 
 from wcmi_fast import functional
 from wcmi_fast.attacks import PGD
-from wcmi_fast.data import batches
+from wcmi_fast.data import batches, fed
 from wcmi_fast.models.folding import folded
 from wcmi_fast.theory import adversarial_accuracy_upper_bound
 from wcmi_fast.training.config import CriticGrad
-from wcmi_fast.training.loop import Critic, information_loss, new_critic, represent, seeded
+from wcmi_fast.training.loop import (
+    Critic,
+    information_loss,
+    new_critic,
+    represent,
+    seeded,
+    starts_generator,
+)
 
 CAVEAT = (
     "These are estimates and not certificates. The Donsker-Varadhan value bounds the information"
@@ -111,7 +118,7 @@ def train_critic(
     """
     fixed = folded(encoder)
     shape = (x.shape[1], x.shape[2], x.shape[3])
-    clean = represent(fixed, x)
+    images_of, clean = fed(x), fed(represent(fixed, x))
     per_epoch = len(x) // config.batch_size
     best, best_value = None, -math.inf
     with seeded(seed, "critic", attack) as generator:
@@ -124,10 +131,11 @@ def train_critic(
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs * per_epoch)
         for _ in range(config.epochs):
             for indices in batches(len(x), config.batch_size, generator):
-                images, features = x[indices], clean[indices]
+                images, features = images_of[indices], clean[indices]
                 if attack is not None:
+                    starts = starts_generator(generator, images.device)
                     images = attack_information(
-                        fixed, critic, images, attack, config.critic_grad, generator
+                        fixed, critic, images, attack, config.critic_grad, starts
                     )
                     features = represent(fixed, images)
                 value = functional.dv(critic.global_(features), critic.local(images))
@@ -182,9 +190,9 @@ def evaluate_critic(
         ValueError: fewer images than one batch.
     """
     fixed = folded(encoder)
-    values = []
+    values, images_of = [], fed(x)
     for indices in batches(len(x), config.batch_size):
-        images = x[indices]
+        images = images_of[indices]
         if attack is not None:
             images = attack_information(fixed, critic, images, attack, config.critic_grad)
         values.append(functional.dv(critic.global_(fixed(images)), critic.local(images)).item())

@@ -11,13 +11,16 @@ from torch.nn.functional import linear, pad
 from wcmi_fast import reference
 from wcmi_fast._ops import tail_width
 from wcmi_fast.backends.memory import empty
-from wcmi_fast.functional.tail import TAIL_DTYPES, critic_tail
+from wcmi_fast.functional.tail import critic_tail
 from wcmi_fast.models.critics import GlobalCritic, LocalCritic
 from wcmi_fast.models.encoders import check_images
 from wcmi_fast.models.folding import folded
 
 # From this size on, the factorisation pays for itself within one attack (docs/benchmarks.md).
 TRIANGULAR_UNITS = 512
+
+# What the factor K = QR is computed in.
+FROZEN_DTYPES = (torch.float32, torch.float64)
 
 # Columns of the triangular factor that are multiplied together: fewer save more, but run slower.
 FACTOR_BLOCK = 128
@@ -123,10 +126,10 @@ class FrozenCritic:
 
     def _freeze(self, block: Any, *, triangular: bool) -> None:
         hidden, _, output = block.nonlinear
-        if hidden.weight.dtype not in TAIL_DTYPES:
+        if hidden.weight.dtype not in FROZEN_DTYPES:
             raise TypeError(
                 f"DotCritic.frozen: weights have dtype {hidden.weight.dtype}, "
-                f"wanted one of {TAIL_DTYPES}"
+                f"wanted one of {FROZEN_DTYPES}"
             )
         self._norm = block.norm
         self._w1, self._b1 = hidden.weight, hidden.bias
@@ -190,6 +193,9 @@ class FrozenCritic:
         return h
 
     def _check_fresh(self) -> None:
+        # A compiled program cannot see versions and bits: it does not check.
+        if torch.compiler.is_compiling():
+            return
         if _fingerprint(self._critic) != self._fingerprint:
             raise RuntimeError(
                 "FrozenCritic: the critic's weights have changed since the view was made, "
@@ -246,7 +252,7 @@ class _FrozenBlock(torch.autograd.Function):
                 ):
                     dy[:, first:].addmm_(q * slope, block[:, first:])
                 dhidden = dy[:, :units]
-                torch.ops.aten.threshold_backward(dhidden, y[:, :units], 0, grad_input=dhidden)
+                _relu_backward_(dhidden, y[:, :units])
                 torch.mm(dhidden, hidden[:, :inputs], out=drows[part])
                 drows[part] += dy[:, units : units + inputs]
         return drows, None, None, None
@@ -351,8 +357,24 @@ def _hidden_and_input(y: Tensor, rows: Tensor, hidden: Tensor) -> None:
     y[:, units + inputs :] = 0
     y[:, units + inputs] = 1
     first = y[:, :units]
-    torch.mm(y[:, units : units + inputs + 1], hidden.t(), out=first)
+    _product(y[:, units : units + inputs + 1], hidden.t(), first)
     first.relu_()
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write a b to out, also where a compiler must do it, which takes no strided ``out=``."""
+    if torch.compiler.is_compiling():
+        out.copy_(a @ b)
+    else:
+        torch.mm(a, b, out=out)
+
+
+def _relu_backward_(d: Tensor, result: Tensor) -> None:
+    """Multiply d by the derivative of relu, in place, given relu's result."""
+    if torch.compiler.is_compiling():
+        d.masked_fill_(result <= 0, 0)
+    else:
+        torch.ops.aten.threshold_backward(d, result, 0, grad_input=d)
 
 
 def _project(y: Tensor, factor: list[tuple[int, Tensor]], keep: Tensor | None) -> Tensor:
@@ -364,7 +386,7 @@ def _project(y: Tensor, factor: list[tuple[int, Tensor]], keep: Tensor | None) -
             q = torch.mm(y[:, first:], block[:, first:].t())
         else:
             q = keep[:, column : column + len(block)]
-            torch.mm(y[:, first:], block[:, first:].t(), out=q)
+            _product(y[:, first:], block[:, first:].t(), q)
         squares += torch.linalg.vector_norm(q, dim=1).square_()
         column += len(block)
     return squares

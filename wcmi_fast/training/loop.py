@@ -16,7 +16,7 @@ from torch.optim import Adam, Optimizer
 
 from wcmi_fast import functional
 from wcmi_fast.attacks import PGD
-from wcmi_fast.data import batches
+from wcmi_fast.data import Feed, batches, fed
 from wcmi_fast.models import BaselineH, GlobalCritic, LocalCritic, MLPHead
 from wcmi_fast.models.folding import folded
 from wcmi_fast.training.config import CriticGrad, EncoderConfig, HeadConfig
@@ -55,6 +55,17 @@ def seeded(*parts: object) -> Iterator[torch.Generator]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield torch.Generator().manual_seed(seed)
+
+
+def starts_generator(generator: torch.Generator, device: torch.device) -> torch.Generator:
+    """Return a generator on the device, for an attack's starts, seeded by one of the host.
+
+    The data are ordered on the host, so that their order is that of every device.
+    """
+    if device.type == generator.device.type:
+        return generator
+    seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    return torch.Generator(device).manual_seed(seed)
 
 
 def information_loss(
@@ -102,7 +113,7 @@ def new_critic(dim: int, units: int, input_shape: tuple[int, int, int]) -> Criti
 
 def train_encoder(
     config: EncoderConfig,
-    x: Tensor,
+    x: Tensor | Feed,
     *,
     seed: int,
     stage: str,
@@ -116,7 +127,7 @@ def train_encoder(
 
     Args:
         config: the settings.
-        x: images (N, C, H, W), float32 in [0, 1].
+        x: images (N, C, H, W), float32 in [0, 1], on the device to train on; or a `Feed`.
         seed: decides weights and order of the data.
         stage: name under which checkpoints and metrics go.
         run: folder of the run; an interrupted stage goes on after its last epoch.
@@ -129,6 +140,7 @@ def train_encoder(
         FloatingPointError: the bound is not finite; the message names stage, epoch and batch.
         CheckpointError: a checkpoint in `run` cannot be read or does not fit.
     """
+    x = fed(x)
     shape = (x.shape[1], x.shape[2], x.shape[3])
     with seeded(seed, stage, "weights"):
         encoder = new_encoder(config, shape).to(x.device).to(memory_format=torch.channels_last)
@@ -148,7 +160,8 @@ def train_encoder(
             loss_fn = information_loss(
                 folded(encoder), frozen_critic, bound, config.critic_grad, config.critic_refresh
             )
-            x_batch = attack.attack(loss_fn, x_clean, generator=generator)
+            starts = starts_generator(generator, x_clean.device)
+            x_batch = attack.attack(loss_fn, x_clean, generator=starts)
         _set_learning_rate(optimizer, config.learning_rate * _one_cycle(done))
         value = bound(critic.global_(encoder(x_batch)), critic.local(x_batch))
         optimizer.zero_grad(set_to_none=True)
@@ -178,8 +191,8 @@ def train_encoder(
 def train_head(
     config: HeadConfig,
     encoder: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    x: Tensor | Feed,
+    y: Tensor | Feed,
     *,
     classes: int,
     seed: int,
@@ -194,8 +207,8 @@ def train_head(
     Args:
         config: the settings; its attack makes the head robust.
         encoder: images -> representations (N, D); used in eval mode and not changed.
-        x: images (N, C, H, W), float32 in [0, 1].
-        y: labels (N,), int64.
+        x: images (N, C, H, W), float32 in [0, 1], on the device to train on; or a `Feed`.
+        y: labels (N,), int64, on the same device; or a `Feed`.
         classes: number of classes.
         seed: decides weights, dropout and order of the data.
         stage: name under which checkpoints and metrics go.
@@ -209,7 +222,7 @@ def train_head(
         FloatingPointError: the loss is not finite; the message names stage, epoch and batch.
         CheckpointError: a checkpoint in `run` cannot be read or does not fit.
     """
-    fixed = folded(encoder)
+    fixed, x, y = folded(encoder), fed(x), fed(y)
     with seeded(seed, stage, "weights"):
         head = MLPHead(represent(fixed, x[:1]).shape[1], classes).to(x.device)
     optimizer = Adam(head.parameters(), lr=config.learning_rate, fused=True)
@@ -240,18 +253,20 @@ def train_head(
     return head.eval().requires_grad_(False)
 
 
-def _clean_features(encoder: nn.Module, x: Tensor) -> BatchFeatures:
-    features = represent(encoder, x)
+def _clean_features(encoder: nn.Module, x: Feed) -> BatchFeatures:
+    features = fed(represent(encoder, x))
     return lambda indices, done, generator: features[indices]
 
 
 def _attacked_features(
-    attack: PGD, eps_warmup: float, encoder: nn.Module, head: nn.Module, x: Tensor, y: Tensor
+    attack: PGD, eps_warmup: float, encoder: nn.Module, head: nn.Module, x: Feed, y: Feed
 ) -> BatchFeatures:
     def batch_features(indices: Tensor, done: float, generator: torch.Generator) -> Tensor:
         loss_fn = classification_loss(encoder, folded(head), y[indices])
         ramped = scaled(attack, _ramp(done, eps_warmup))
-        x_adv = ramped.attack(loss_fn, x[indices], generator=generator)
+        clean = x[indices]
+        starts = starts_generator(generator, clean.device)
+        x_adv = ramped.attack(loss_fn, clean, generator=starts)
         return represent(encoder, x_adv)
 
     return batch_features
@@ -285,7 +300,7 @@ def classification_loss(
 
 
 @torch.no_grad()
-def represent(encoder: nn.Module, x: Tensor, *, batch_size: int = 500) -> Tensor:
+def represent(encoder: nn.Module, x: Tensor | Feed, *, batch_size: int = 500) -> Tensor:
     """Return the representations (N, D) of images, without gradient."""
     return torch.cat([encoder(part) for part in x.split(batch_size)])
 
@@ -293,8 +308,8 @@ def represent(encoder: nn.Module, x: Tensor, *, batch_size: int = 500) -> Tensor
 def accuracy(
     encoder: nn.Module,
     head: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    x: Tensor | Feed,
+    y: Tensor | Feed,
     *,
     attack: PGD | None,
     batch_size: int = 125,
@@ -305,8 +320,8 @@ def accuracy(
     Args:
         encoder: images -> representations; evaluated in eval mode.
         head: representations -> logits; evaluated in eval mode.
-        x: images (N, C, H, W), float32 in [0, 1].
-        y: labels (N,), int64.
+        x: images (N, C, H, W), float32 in [0, 1], on the encoder's device; or a `Feed`.
+        y: labels (N,), int64, on the same device; or a `Feed`.
         attack: maximises each image's cross-entropy; None for natural accuracy.
         batch_size: images per batch; does not affect the result.
         on_batch: called after every batch.
