@@ -563,7 +563,7 @@ def check_dispatch() -> None:
     """impl=None follows the table, and goes on where a back end cannot."""
 
     def chosen(operator: str, dtype: torch.dtype = torch.float32, **sizes: int) -> str:
-        case = Case(torch.device("cuda", 0), dtype, **sizes)
+        case = Case("cuda", torch.device("cuda", 0), dtype, **sizes)
         return registry.choose("check_dispatch", operator, case, None)
 
     limit = int(registry.TABLE["cuda"]["critic_stats"][0].products)

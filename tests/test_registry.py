@@ -24,7 +24,7 @@ def run_python(code: str) -> str:
 
 
 def case(device: str, **sizes: int) -> Case:
-    return Case(torch.device(device), torch.float32, **sizes)
+    return Case(device, torch.device(device), torch.float32, **sizes)
 
 
 # ---- the choice ---------------------------------------------------------------------------------

@@ -12,12 +12,14 @@ class Case(NamedTuple):
     """What the choice of a back end depends on.
 
     Attributes:
+        device_type: of the operator's tensors; here too, since torch makes a string at every look.
         device: of the operator's tensors.
         dtype: of the operator's tensors.
         units: U, for operators with products; else 0.
         products: multiply-adds of the operator's products; else 0.
     """
 
+    device_type: str
     device: torch.device
     dtype: torch.dtype
     units: int = 0

@@ -196,7 +196,7 @@ def unsupported(operator: str, case: Case) -> str | None:
     most = MAX_UNITS_FLOAT64 if case.dtype == torch.float64 else MAX_UNITS
     if operator == "critic_stats" and case.units > most:
         return f"its kernel takes U up to {most} in {case.dtype}, not {case.units}"
-    if case.device.type != "cuda":
+    if case.device_type != "cuda":
         return None
     capability = torch.cuda.get_device_capability(case.device)
     if capability < OLDEST:

@@ -66,7 +66,8 @@ def prefer(device_type: str, operator: str, *backends: str) -> None:
 
 def case_of(like: Tensor, *, units: int = 0, products: int = 0) -> Case:
     """Return the case of an operator on tensors like this one."""
-    return Case(like.device, like.dtype, units, products)
+    device = like.device
+    return Case(device.type, device, like.dtype, units, products)
 
 
 def why_not(backend: str, operator: str, case: Case) -> str | None:
@@ -74,8 +75,8 @@ def why_not(backend: str, operator: str, case: Case) -> str | None:
     known = BACKENDS[backend]
     if operator not in known.operators:
         return f"wcmi_fast has no {backend} kernel for it"
-    if case.device.type != known.device_type:
-        return f"that back end does not run on {case.device.type} tensors"
+    if case.device_type != known.device_type:
+        return f"that back end does not run on {case.device_type} tensors"
     return known.missing or known.unsupported(operator, case)
 
 
@@ -101,12 +102,13 @@ def choose(function: str, operator: str, case: Case, impl: str | None) -> str:
 
 def _best(operator: str, case: Case) -> str:
     reasons: dict[str, str] = {}
-    for entry in TABLE.get(case.device.type, {}).get(operator, ()):
+    for entry in TABLE.get(case.device_type, {}).get(operator, ()):
         if case.products > entry.products:
             continue
         reason = why_not(entry.backend, operator, case)
         if reason is None:
-            _tell(operator, reasons, entry.backend)
+            if reasons:
+                _tell(operator, reasons, entry.backend)
             return entry.backend
         reasons[entry.backend] = reason
     _tell(operator, reasons, REFERENCE)

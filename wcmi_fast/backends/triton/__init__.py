@@ -49,7 +49,7 @@ def unsupported(operator: str, case: Case) -> str | None:
     """Return why the kernels cannot run an operator in this case; None if they can."""
     if case.dtype == torch.float64:
         return "its kernels take float32, bfloat16 and float16, not torch.float64"
-    if case.device.type != "cuda":
+    if case.device_type != "cuda":
         return None
     capability = torch.cuda.get_device_capability(case.device)
     if capability < OLDEST:
