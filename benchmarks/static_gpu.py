@@ -37,8 +37,8 @@ from wcmi_fast.files import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
-    "critic_stats", "score_stats", "dv_value", "product", "critic_tail", "linf_step", "linf_start",
-    "l2_step", "keep_best",
+    "critic_stats", "statistics", "score_stats", "dv_value", "product", "critic_tail", "linf_step",
+    "linf_start", "l2_step", "keep_best",
 )  # fmt: skip
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 MARKS = ("<!-- static_gpu.py: begin -->", "<!-- static_gpu.py: end -->")

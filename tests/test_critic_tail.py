@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import assert_twice_as_good_together
-from oracle import binary, level
+from oracle import assert_same_bits, binary, level
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
@@ -124,6 +124,14 @@ def test_first_and_second_derivatives_agree_with_differences() -> None:
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types_are_computed_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
+    """On a CPU by the reference; Triton's kernels are in test_triton_tail.py."""
+    halves = [x.to(dtype) for x in operands(6, 3, 8)]
+    wanted = critic_tail(*(x.float() for x in halves), impl="reference").to(dtype)
+    assert_same_bits(critic_tail(*halves), wanted)
 
 
 def test_opcheck() -> None:

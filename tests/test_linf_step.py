@@ -162,14 +162,15 @@ def test_values_at_the_ends_of_clip_and_ball(dtype: torch.dtype) -> None:
 # ---- layouts ------------------------------------------------------------------------------------
 
 
+@every_impl
 @pytest.mark.parametrize("of_x", IMAGE_LAYOUTS)
 @pytest.mark.parametrize("of_grad", IMAGE_LAYOUTS)
 @pytest.mark.parametrize("of_origin", ["channels_last", "contiguous", "sliced"])
-def test_memory_layouts(of_x: str, of_grad: str, of_origin: str) -> None:
+def test_memory_layouts(of_x: str, of_grad: str, of_origin: str, impl: str) -> None:
     x, grad, origin = step_operands(3, 4, 5, 6)
     x, grad, origin = lay_out(x, of_x), lay_out(grad, of_grad), lay_out(origin, of_origin)
     strides = x.stride()
-    check_step(x, grad, origin, 0.1, 0.05)
+    check_step(x, grad, origin, 0.1, 0.05, impl=impl)
     assert x.stride() == strides
 
 

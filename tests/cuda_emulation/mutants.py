@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -315,3 +316,14 @@ def apply(mutant: Mutant, to: Path) -> Path:
         raise ValueError(f"{mutant.description}: {found} places in {mutant.file}, wanted 1")
     path.write_text(before.replace(mutant.old, mutant.new))
     return tree
+
+
+def table() -> str:
+    """Return the bugs and their checkers in Markdown, for docs/gpu.md."""
+    lines = ["| planted bug | found by |", "|---|---|"]
+    lines += [f"| {mutant.description} | {', '.join(mutant.found_by)} |" for mutant in MUTANTS]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table())

@@ -103,11 +103,12 @@ def linf_step_(
 ) -> Tensor:
     """Move x by step_size along sgn(grad), project on the eps-ball around origin, clip; in place.
 
-    Bitwise equal to the torch program below, at every instruction set and thread count. (Where a
-    zero's sign depends on the lane in torch itself, the zero's sign may differ.) The ball's faces
-    are ``origin - eps`` and ``origin + eps``, each rounded once, so the result may lie outside the
-    exact ball by half a unit in the last place; the form ``origin + clamp(x - origin, -eps, eps)``
-    rounds twice and even moves an x that is inside the ball.
+    Bitwise equal to the torch program below as it runs on a CPU, on every back end, at every
+    instruction set and thread count. (Where a zero's sign depends on the lane in torch itself, the
+    zero's sign may differ.) The ball's faces are ``origin - eps`` and ``origin + eps``, each rounded
+    once, so the result may lie outside the exact ball by half a unit in the last place; the form
+    ``origin + clamp(x - origin, -eps, eps)`` rounds twice and even moves an x that is inside the
+    ball.
 
     Args:
         x: any shape, float32, float64, bfloat16 or float16; changed in place. Dense memory formats
@@ -215,8 +216,8 @@ def l2_step_(
     origin is within clip, because clipping towards a box never moves a point away from a point of
     the box. The result may be outside the exact ball by its rounding to x's dtype. The norms are
     right for gradients of any size that x's dtype holds. The cpu back end computes in float64, and
-    its result depends neither on threads nor on the instruction set; the reference computes in
-    float32 (float64 for float64).
+    its result depends neither on threads nor on the instruction set; the others compute in float32
+    (float64 for float64).
 
     Args:
         x: (N, ...) float32, float64, bfloat16 or float16; changed in place. A row is one image,

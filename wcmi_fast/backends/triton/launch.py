@@ -25,6 +25,9 @@ KINDS = (
 # Streaming multiprocessors of the largest GPUs: below so many programs some of them idle.
 PROCESSORS = 132
 
+# Said at every launch: Triton's default is about to change, and it warns where nothing is said.
+FUSION = {"enable_fp_fusion": True}
+
 _tuners: dict[Any, Any] = {}
 
 
@@ -37,6 +40,7 @@ def launch(
     key: Sequence[str],
 ) -> None:
     """Run `kernel` in the default configuration; see autotuned() for `configurations` and `key`."""
+    arguments = {**FUSION, **arguments}
     device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
     # Triton launches on the current device's current stream.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -102,7 +106,7 @@ def signature(
 def options(configuration: triton.Config) -> dict[str, Any]:
     """Return what a configuration says to the compiler, beside its tiles."""
     named = {name: getattr(configuration, name) for name in ("num_warps", "num_stages", "maxnreg")}
-    return {name: value for name, value in named.items() if value is not None}
+    return {**FUSION, **{name: value for name, value in named.items() if value is not None}}
 
 
 def program_name(

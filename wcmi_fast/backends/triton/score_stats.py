@@ -13,6 +13,7 @@ from torch import Tensor
 from wcmi_fast._ops import STATISTICS
 from wcmi_fast.backends.triton.launch import (
     TYPE_NAMES,
+    all_registers,
     ceil_div,
     configuration,
     launch,
@@ -33,7 +34,8 @@ from wcmi_fast.backends.triton.statistics import (
 # A tile is BP locations of BJ images of one row: of many locations, of some, of few.
 CONFIGURATIONS = (
     configuration(4, 1, BP=64, BJ=16),
-    configuration(4, 1, BP=16, BJ=64),
+    # Left to itself ptxas keeps to 128 registers and spills.
+    all_registers(4, 1, BP=16, BJ=64),
     configuration(4, 1, BP=2, BJ=512),
     configuration(8, 1, BP=64, BJ=32),
     configuration(4, 1, BP=32, BJ=32),
