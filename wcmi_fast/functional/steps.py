@@ -105,7 +105,7 @@ def linf_step_(
 
     Bitwise equal to the torch program below as it runs on a CPU, on every back end, at every
     instruction set and thread count. (Where a zero's sign depends on the lane in torch itself, the
-    zero's sign may differ.) The ball's faces are ``origin - eps`` and ``origin + eps``, each rounded
+    zero's sign may differ.) The ball's faces, ``origin - eps`` and ``origin + eps``, are rounded
     once, so the result may lie outside the exact ball by half a unit in the last place; the form
     ``origin + clamp(x - origin, -eps, eps)`` rounds twice and even moves an x that is inside the
     ball.
