@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from cuda_emulation import build, control, planted
 
-pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not())),
+]
 
 RUN = "import runpy; runpy.run_module('cuda_emulation.planted', run_name='__main__')"
 SEEDS = (0, 1, 2, 3)

@@ -24,9 +24,13 @@ from test_gpu import Place
 
 from wcmi_fast.backends import registry
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="with a GPU, benchmarks/gpu_check.sh runs test_gpu.py itself"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        torch.cuda.is_available(),
+        reason="with a GPU, benchmarks/gpu_check.sh runs test_gpu.py itself",
+    ),
+]
 
 every_place = pytest.mark.parametrize("place", [emulated, INTERPRETED], indirect=True)
 # A GPU runs all of them; one tells a typo.
@@ -109,7 +113,6 @@ for impl in NAMES:
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 def test_the_tests_of_a_gpu_themselves(tmp_path: Path) -> None:
     (tmp_path / "as_on_a_gpu.py").write_text(PLUGIN)
@@ -473,7 +476,6 @@ def test_bad_arguments(arguments: list[str], sentence: str) -> None:
     assert done.stderr.startswith(f"gpu_check.sh: {sentence}, wanted [--out FOLDER]")
 
 
-@pytest.mark.slow
 def test_check_without_a_gpu(tmp_path: Path) -> None:
     code, found = check_script(tmp_path, quick="1", OMP_NUM_THREADS="1")
     results = {step: result for step, (result, _) in found.items()}

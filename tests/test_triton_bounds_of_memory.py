@@ -215,6 +215,7 @@ def test_every_operator_has_a_case() -> None:
     assert OPERATORS.keys() == KERNELS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [False, True], ids=["start", "end"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPERATORS)

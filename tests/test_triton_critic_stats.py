@@ -139,6 +139,7 @@ def configurations_of(module: Any) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "configuration"), configurations_of(critic_stats))
 def test_every_configuration(dtype: torch.dtype, configuration: Any) -> None:
     with mock.patch.object(critic_stats, "_default", return_value=configuration):
@@ -350,6 +351,7 @@ def test_every_statistic_of_given_scores(which: int) -> None:
     check_scores(2 * torch.randn(17, 17, 3), which)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("configuration", score_stats.CONFIGURATIONS, ids=str)
 def test_every_configuration_of_given_scores(configuration: Any) -> None:
     with mock.patch.object(score_stats, "_default", return_value=configuration):
@@ -532,6 +534,7 @@ def test_rectifier_keeps_nan() -> None:
         assert ours.isnan().any(1).tolist() == [False, True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "configuration"), configurations_of(product))
 def test_every_configuration_of_products(dtype: torch.dtype, configuration: Any) -> None:
     a, b = torch.randn(300, 70).to(dtype), torch.randn(70, 270).to(dtype)

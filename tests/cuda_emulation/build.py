@@ -152,7 +152,8 @@ def load(flavour: str = "plain", root: Path = CSRC) -> ModuleType:
 
 
 def import_from(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_cuda", path)
+    # pybind11 has one module per name, also of several files.
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}._cuda", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
