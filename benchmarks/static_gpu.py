@@ -364,7 +364,9 @@ def main(
         defaults: leave out configurations of Triton kernels that no heuristic chooses.
     """
     findings = [*cuda_findings(architectures), *triton_findings(architectures, defaults)]
-    command = "python benchmarks/static_gpu.py " + " ".join(sys.argv[1:])
+    # Without the folder, which is another on every machine.
+    words = (out.name if word == str(out) else word for word in sys.argv[1:])
+    command = " ".join(("python benchmarks/static_gpu.py", *words))
     report = Report(command, versions(), findings)
     write_file(out, msgspec.json.format(msgspec.json.encode(report)))
     if write is not None:

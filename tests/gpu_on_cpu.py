@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton_interpreter
 from cuda_emulation import build, control
 from hypothesis import assume
 from oracle import EAGER_IMPLS
@@ -37,6 +36,9 @@ class _Later:
 
 def _interpreted(schema: str) -> Any:
     def kernel(*arguments: Any) -> Any:
+        # Not above: it changes the parts of one version of Triton, and imports it.
+        import triton_interpreter
+
         triton_interpreter.enable()
         return triton.KERNELS[schema](*arguments)
 

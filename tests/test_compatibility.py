@@ -22,6 +22,10 @@ FILES = (
     "conftest.py",
     "oracle.py",
     "strategies.py",
+    "gpu_on_cpu.py",
+    "cuda_emulation/__init__.py",
+    "cuda_emulation/build.py",
+    "cuda_emulation/control.py",
     "test_critic_stats.py",
     "test_linf_step.py",
     "test_linf_start.py",
@@ -63,7 +67,8 @@ def check_wheel(python: Path, wheel: Path, folder: Path, torch_version: str) -> 
     done = run(python, "-m", "pip", "install", "-q", "--no-deps", "--ignore-installed", wheel)
     assert done.returncode == 0, done.stderr
     for name in FILES:
-        shutil.copy2(TESTS / name, folder)
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy2(TESTS / name, folder / name)
     shutil.copy2(TESTS.parent / "pyproject.toml", folder)
 
     code = "import torch, wcmi_fast._cpu as b; print(torch.__version__, b.__file__)"
@@ -76,7 +81,9 @@ def check_wheel(python: Path, wheel: Path, folder: Path, torch_version: str) -> 
     assert hashlib.sha256(Path(binary).read_bytes()).hexdigest() == in_wheel
 
     tests = (name for name in FILES if name.startswith("test_"))
-    done = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=folder)
+    # Triton is not part of the wheel: its interpreter is patched for the version of CI alone.
+    options = ("-q", "-p", "no:cacheprovider", "-k", "not interpreted")
+    done = run(python, "-m", "pytest", *options, *tests, cwd=folder)
     assert done.returncode == 0, done.stdout
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
