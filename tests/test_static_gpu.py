@@ -70,7 +70,7 @@ def test_what_must_not_be_is_one_sentence(fields: dict[str, object], sentence: s
     [
         ((80, 256, 32, 0), 8, 1.0),  # warps are the limit
         ((80, 256, 80, 0), 3, 0.375),  # registers
-        ((90, 128, 64, 100 << 10), 2, 0.125),  # shared memory, a KiB of which is the driver's
+        ((90, 128, 64, 77_312), 2, 0.125),  # shared memory, a KiB of which is the driver's
         ((120, 32, 16, 0), 24, 0.5),  # blocks
     ],
 )
