@@ -64,3 +64,24 @@ class HeadConfig:
     epochs: int = 4
     batch_size: int = 128
     learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """How to train a supervised classifier, its logits being the representation (spec section 5).
+
+    Args:
+        attack: perturbs every batch before its step (adversarial training); None trains on clean
+            images.
+        eps_warmup: fraction of training over which eps and step size grow linearly to their value.
+        epochs: passes over the data.
+        batch_size: images per batch; an incomplete last batch is left out.
+        learning_rate: peak of Adam's learning rate, reached after a fifth of training, then
+            lowered along a cosine to 0.
+    """
+
+    attack: PGD | None
+    eps_warmup: float = 0.4
+    epochs: int = 4
+    batch_size: int = 128
+    learning_rate: float = 2e-3

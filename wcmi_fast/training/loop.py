@@ -19,7 +19,7 @@ from wcmi_fast.attacks import PGD
 from wcmi_fast.data import Feed, batches, fed
 from wcmi_fast.models import BaselineH, GlobalCritic, LocalCritic, MLPHead
 from wcmi_fast.models.folding import folded
-from wcmi_fast.training.config import CriticGrad, EncoderConfig, HeadConfig
+from wcmi_fast.training.config import ClassifierConfig, CriticGrad, EncoderConfig, HeadConfig
 from wcmi_fast.training.run_folder import RunFolder
 
 Bound = Callable[[Tensor, Tensor], Tensor]
@@ -251,6 +251,68 @@ def train_head(
     modules = {"head": head}
     run_epochs(run, stage, seed, config.epochs, modules, optimizer, train_epoch)
     return head.eval().requires_grad_(False)
+
+
+def train_classifier(
+    config: ClassifierConfig,
+    model: nn.Module,
+    x: Tensor | Feed,
+    y: Tensor | Feed,
+    *,
+    seed: int,
+    stage: str,
+    run: RunFolder,
+    on_batch: Callable[[], None] = lambda: None,
+) -> nn.Module:
+    """Train a classifier by cross-entropy, on attacked images if its config has an attack.
+
+    Args:
+        config: the settings; its attack makes this adversarial training.
+        model: images (N, C, H, W) -> logits (N, K); trained in place.
+        x: images (N, C, H, W), float32 in [0, 1], on the device to train on; or a `Feed`.
+        y: labels (N,), int64, on the same device; or a `Feed`.
+        seed: decides dropout, the attack's starts and the order of the data; not the first weights.
+        stage: name under which checkpoints and metrics go.
+        run: folder of the run; an interrupted stage goes on after its last epoch.
+        on_batch: called after every batch.
+
+    Returns:
+        The model, in eval mode, without gradient.
+
+    Raises:
+        FloatingPointError: the loss is not finite; the message names stage, epoch and batch.
+        CheckpointError: a checkpoint in `run` cannot be read or does not fit.
+    """
+    x, y = fed(x), fed(y)
+    model = model.to(x.device).to(memory_format=torch.channels_last)
+    optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)
+    per_epoch = len(x) // config.batch_size
+
+    def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> float:
+        images, labels = x[indices], y[indices]
+        if config.attack is not None:
+            attack = scaled(config.attack, _ramp(done, config.eps_warmup))
+            loss_fn = classification_loss(folded(model), nn.Identity(), labels)
+            starts = starts_generator(generator, images.device)
+            images = attack.attack(loss_fn, images, generator=starts)
+        _set_learning_rate(optimizer, config.learning_rate * _one_cycle(done))
+        loss = cross_entropy(model.train()(images), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    def train_epoch(epoch: int, generator: torch.Generator) -> dict[str, float]:
+        losses = []
+        for batch, indices in enumerate(batches(len(x), config.batch_size, generator)):
+            done = (epoch * per_epoch + batch) / (config.epochs * per_epoch)
+            losses.append(train_batch(indices, done, generator))
+            _check_finite("train_classifier", losses[-1], stage, epoch, batch)
+            on_batch()
+        return {"loss_nats": sum(losses) / len(losses)}
+
+    run_epochs(run, stage, seed, config.epochs, {"model": model}, optimizer, train_epoch)
+    return model.eval().requires_grad_(False)
 
 
 def _clean_features(encoder: nn.Module, x: Feed) -> BatchFeatures:
