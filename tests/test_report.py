@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from html.parser import HTMLParser
 
 import pytest
@@ -16,7 +17,7 @@ from wcmi_fast.experiments.report import (
     information_table,
     write_report,
 )
-from wcmi_fast.information import CAVEAT, Estimate, Vulnerability
+from wcmi_fast.information import CAVEAT, Estimate
 from wcmi_fast.theory import adversarial_accuracy_upper_bound
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -62,14 +63,14 @@ class Page(HTMLParser):
 
 
 def vulnerability(normal, worst, critic_grad="full"):
-    differences = [a - b for a, b in zip(normal, worst, strict=True)]
-    return Vulnerability(
-        Estimate.of(normal),
-        Estimate.of(worst),
-        Estimate.of(differences),
-        adversarial_accuracy_upper_bound(Estimate.of(worst).mean, 10),
-        critic_grad,
-    ).to_dict()
+    normal, worst = Estimate.of([normal]), Estimate.of([worst])
+    return {
+        "information": asdict(normal),
+        "worst_case": asdict(worst),
+        "vulnerability": asdict(normal.minus(worst)),
+        "accuracy_bound": adversarial_accuracy_upper_bound(worst.mean, 10),
+        "critic_grad": critic_grad,
+    }
 
 
 def make_results():

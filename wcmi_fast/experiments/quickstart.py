@@ -24,8 +24,9 @@ from wcmi_fast.data import Data, load_mnist5k
 from wcmi_fast.experiments.report import Pictures, check_packages, write_report
 from wcmi_fast.files import write_file
 from wcmi_fast.functional.steps import check_budget
-from wcmi_fast.information import CriticConfig, representation_vulnerability
+from wcmi_fast.information import CriticConfig, Estimate, evaluate_critic, train_critic
 from wcmi_fast.models.folding import folded
+from wcmi_fast.theory import adversarial_accuracy_upper_bound
 from wcmi_fast.training.config import EncoderConfig, HeadConfig
 from wcmi_fast.training.loop import (
     Critic,
@@ -312,20 +313,48 @@ def _information(here: _Context, name: str, trained: _Trained, data: Data) -> di
     known = here.out.stage_result(stage)
     if known is not None:
         return known
-    found = representation_vulnerability(
-        trained.encoder,
-        data.x_train,
-        data.x_test,
-        attack=here.work.evaluation,
-        training_attack=here.work.critic_attack,
-        start=trained.critic,
-        classes=CLASSES,
-        config=here.work.critic,
-        seed=here.job.seed,
-        on_batch=here.stage(stage, "information"),
-    ).to_dict()
+    on_batch = here.stage(stage, "information")
+    normal = _term(here, trained, data, None, None, on_batch)
+    worst = _term(here, trained, data, here.work.critic_attack, here.work.evaluation, on_batch)
+    found = {
+        "information": asdict(normal),
+        "worst_case": asdict(worst),
+        "vulnerability": asdict(normal.minus(worst)),
+        "accuracy_bound": adversarial_accuracy_upper_bound(worst.mean, CLASSES),
+        "critic_grad": here.work.critic.critic_grad,
+    }
     here.out.finish_stage(stage, found)
     return found
+
+
+def _term(
+    here: _Context,
+    trained: _Trained,
+    data: Data,
+    training: PGD | None,
+    testing: PGD | None,
+    on_batch: Callable[[], None],
+) -> Estimate:
+    """Estimate one term of RV by a critic of its own, which begins with the encoder's."""
+    critic = train_critic(
+        trained.encoder,
+        data.x_train,
+        here.work.critic,
+        attack=training,
+        seed=here.job.seed,
+        start=trained.critic,
+        stage="normal" if training is None else "worst",
+        on_batch=on_batch,
+    ).critic
+    found = evaluate_critic(
+        trained.encoder,
+        critic,
+        data.x_test,
+        here.work.critic,
+        attack=testing,
+        on_batch=on_batch,
+    )
+    return Estimate.of([found.values])
 
 
 def _pictures(here: _Context, trained: dict[str, _Trained], data: Data) -> Pictures:

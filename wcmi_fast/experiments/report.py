@@ -225,7 +225,7 @@ def _accuracy_note(settings: Mapping[str, Any]) -> str:
 def _information_notes(results: Results) -> list[str]:
     """Say how the estimates were made, and where they or the bound need an explanation."""
     found = results["information"]
-    count = max(len(each["information"]["batches"]) for each in found.values())
+    count = max(len(each["information"]["batches"][0]) for each in found.values())
     attacks = sorted({each["critic_grad"] for each in found.values()})
     notes = [
         f"Mean ± standard error over {count} test {'batch' if count == 1 else 'batches'} of"

@@ -108,6 +108,37 @@ class LocalCritic(nn.Module):
         return h
 
 
+class VectorCritic(nn.Module):
+    """The critic's side of inputs that are vectors: one location, P = 1.
+
+    A fully connected layer of 128 units with batch norm and ReLU, then the 1x1 block.
+
+    Args:
+        inputs: size D of an input.
+        units: size U of the features.
+
+    Raises:
+        TypeError, ValueError: sizes that are not positive integers.
+    """
+
+    def __init__(self, inputs: int, *, units: int = 64) -> None:
+        super().__init__()
+        self.inputs = check_size("VectorCritic", "inputs", inputs)
+        self.units = check_size("VectorCritic", "units", units)
+        self.hidden = nn.Sequential(nn.Linear(inputs, 128), nn.BatchNorm1d(128), nn.ReLU())
+        self.block = OneByOneBlock(128, units)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map inputs (N, D), floating point, to h (N, 1, U).
+
+        Raises:
+            ValueError: x is not (N, D).
+        """
+        check_rows("VectorCritic", "x", x, self.inputs)
+        h: Tensor = self.block(self.hidden(x))
+        return h[:, None]
+
+
 class GlobalCritic(nn.Module):
     """The critic's side of the representation: the 1x1 block on g(x) (spec section 5).
 

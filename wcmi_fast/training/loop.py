@@ -335,7 +335,7 @@ def _attacked_features(
 
 
 def run_epochs(
-    run: RunFolder,
+    run: RunFolder | None,
     stage: str,
     seed: int,
     epochs: int,
@@ -343,15 +343,16 @@ def run_epochs(
     optimizer: Optimizer,
     train_epoch: Callable[[int, torch.Generator], dict[str, float]],
 ) -> None:
-    """Run the epochs that a stage still lacks, with a checkpoint after each.
+    """Run the epochs that a stage still lacks, with a checkpoint after each if there is a folder.
 
     Every epoch has its own seed, so that a resumed run is the uninterrupted one, bit for bit.
     """
-    start = run.restore_epoch(stage, modules, optimizer)
+    start = 0 if run is None else run.restore_epoch(stage, modules, optimizer)
     for epoch in range(start, epochs):
         with seeded(seed, stage, epoch) as generator:
             metrics = train_epoch(epoch, generator)
-        run.save_epoch(stage, epoch + 1, modules, optimizer, metrics)
+        if run is not None:
+            run.save_epoch(stage, epoch + 1, modules, optimizer, metrics)
 
 
 def classification_loss(

@@ -1,0 +1,248 @@
+"""What a measurement returns: estimates with their errors, evidence, flags, and the report."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import RenderableType
+
+CAVEAT = (
+    "These are estimates and not certificates. The Donsker-Varadhan value bounds the information"
+    " from below for fixed perturbed images, the attack bounds the minimum over perturbations from"
+    " above, and for a deterministic continuous encoder the true information is infinite: what is"
+    " measured is what a critic of this size finds in a sample of this size."
+)
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A quantity in nats, from critics trained anew (trials) and equal test batches.
+
+    Attributes:
+        mean: over trials and batches.
+        standard_error: of the trials' means; of the batches where there is one trial; NaN for one
+            batch of one trial.
+        interval: 95 % interval (low, high), see `Estimate.of`; NaN where standard_error is.
+        batches: the values, trials x batches. Every trial has the same test batches.
+    """
+
+    mean: float
+    standard_error: float
+    interval: tuple[float, float]
+    batches: tuple[tuple[float, ...], ...]
+
+    @property
+    def trials(self) -> tuple[float, ...]:
+        """Return the mean of each trial."""
+        return tuple(statistics.fmean(row) for row in self.batches)
+
+    @property
+    def bits(self) -> float:
+        """Return the mean in bits."""
+        return self.mean / math.log(2)
+
+    @staticmethod
+    def of(values: Sequence[Sequence[float]]) -> Estimate:
+        """Summarise values of trials x batches.
+
+        Two things make the mean uncertain: how the critics were trained (the trials differ) and
+        which images were drawn for testing (the batches differ). The interval adds both, each in
+        quadrature: Student's interval of the trials' means, and a bootstrap of the batches, each
+        averaged over trials (bias corrected and accelerated, 2,000 resamples, fixed seed). A value
+        of a pair, such as RV, is a difference batch by batch, so its bootstrap is a paired one.
+        """
+        rows = tuple(tuple(map(float, row)) for row in values)
+        trials = [statistics.fmean(row) for row in rows]
+        columns = [statistics.fmean(column) for column in zip(*rows, strict=True)]
+        mean = statistics.fmean(trials)
+        spread = trials if len(trials) > 1 else columns
+        low, high = _batch_errors(columns, mean)
+        trial = _trial_error(trials)
+        interval = (mean - math.hypot(low, trial), mean + math.hypot(high, trial))
+        return Estimate(mean, _standard_error(spread), interval, rows)
+
+    def minus(self, other: Estimate) -> Estimate:
+        """Return the difference, paired batch by batch."""
+        pairs = zip(self.batches, other.batches, strict=True)
+        return Estimate.of([[a - b for a, b in zip(*rows, strict=True)] for rows in pairs])
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def _trial_error(trials: Sequence[float]) -> float:
+    """Return half of Student's interval; one trial says nothing of this error, and adds none."""
+    if len(trials) < 2:
+        return 0.0
+    from scipy.stats import t
+
+    return float(t.ppf(0.5 + CONFIDENCE / 2, len(trials) - 1)) * _standard_error(trials)
+
+
+def _batch_errors(columns: Sequence[float], mean: float) -> tuple[float, float]:
+    """Return how far the bootstrap's interval reaches below and above the mean."""
+    if len(columns) < 2:
+        return math.nan, math.nan
+    if max(columns) == min(columns):
+        return 0.0, 0.0
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    interval = bootstrap(
+        (np.asarray(columns),),
+        np.mean,
+        confidence_level=CONFIDENCE,
+        n_resamples=2000,
+        method="BCa",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return mean - float(interval.low), float(interval.high) - mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What one trained critic and the attack on it showed, for the flags.
+
+    Attributes:
+        train_value: nats on training batches, attacked as the test batches are.
+        test_value: nats on the test batches.
+        curve: mean value of each epoch's training batches, in nats.
+        trace: value after each attack step, mean over test batches, in nats: first the clean
+            images' (or the random start's), last the result's; empty without an attack.
+        zero_gradients: share of the attacked images, over all steps, whose gradient is all zero.
+        nonfinite_gradients: share of the gradients' elements that are NaN or infinite.
+        score_spread: standard deviation of the critic's scores over a test batch.
+        best_batch: number of the training batch whose critic was kept, counted from 0.
+    """
+
+    train_value: float
+    test_value: float
+    curve: tuple[float, ...]
+    trace: tuple[float, ...]
+    zero_gradients: float
+    nonfinite_gradients: float
+    score_spread: float
+    best_batch: int
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A reason to doubt the numbers.
+
+    Attributes:
+        name: such as "near_log_n"; the heading in docs/measuring.md.
+        sentence: what was seen, with its numbers.
+    """
+
+    name: str
+    sentence: str
+
+    @property
+    def docs(self) -> str:
+        """Return where it is explained."""
+        return f"docs/measuring.md#{self.name.replace('_', '-')}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was measured of a representation; prints as a table.
+
+    Attributes:
+        information: I(X; g(X)), or None if not asked for.
+        worst_case: the least I(X'; g(X')) that the attack found, or None.
+        vulnerability: RV_eps(g), information minus worst_case, paired; or None.
+        classes: number of classes, or None without labels.
+        accuracy_bound: theorem 3.4's bound on adversarial accuracy, in [0, 1], from the mean of
+            worst_case; None without classes.
+        accuracy_bound_interval: the same from the ends of worst_case's interval.
+        natural_accuracy: measured, in [0, 1]; None without labels and a head.
+        adversarial_accuracy: measured under the same budget, steps and step size.
+        flags: reasons to doubt the numbers; empty if none was seen.
+        evidence: of each trial, for "information" and "worst_case".
+        settings: all that the numbers depend on, and versions; plain values.
+        seconds: time that the measurement took.
+        caveat: what the numbers are not.
+    """
+
+    information: Estimate | None
+    worst_case: Estimate | None
+    vulnerability: Estimate | None
+    classes: int | None
+    accuracy_bound: float | None
+    accuracy_bound_interval: tuple[float, float] | None
+    natural_accuracy: float | None
+    adversarial_accuracy: float | None
+    flags: tuple[Flag, ...]
+    evidence: Mapping[str, tuple[Evidence, ...]]
+    settings: Mapping[str, Any]
+    seconds: float
+    caveat: str = field(default=CAVEAT)
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Return what was measured, by name."""
+        named = {
+            "information": self.information,
+            "worst_case": self.worst_case,
+            "vulnerability": self.vulnerability,
+        }
+        return {name: estimate for name, estimate in named.items() if estimate is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, lists and strings, as report.json holds them."""
+        found = asdict(self)
+        for name, estimate in self.estimates().items():
+            found[name] |= {"bits": estimate.bits, "trials": list(estimate.trials)}
+        found["flags"] = [asdict(flag) | {"docs": flag.docs} for flag in self.flags]
+        return found
+
+    def __rich__(self) -> RenderableType:
+        """Return the tables that a terminal shows."""
+        from wcmi_fast.information.report import tables
+
+        return tables(self)
+
+    def __str__(self) -> str:
+        """Return the tables as text."""
+        from rich.console import Console
+
+        console = Console(width=100, no_color=True)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+    def plot(self) -> Figure:
+        """Return a figure: estimates with intervals, the attack's path, the critics' curves.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        from wcmi_fast.information.report import figure
+
+        return figure(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write report.json, report.html and report.png into a folder, each whole or not at all.
+
+        Raises:
+            OSError: the folder cannot be written to, or the disk is full.
+            ModuleNotFoundError: matplotlib or jinja2 is not installed.
+        """
+        from wcmi_fast.information.report import save
+
+        save(self, Path(path))
+
+
+def plain_device(device: torch.device | str) -> str:
+    """Return a device's name, for settings."""
+    return str(torch.device(device))
