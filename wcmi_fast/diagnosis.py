@@ -29,6 +29,19 @@ def lines() -> list[tuple[str, str]]:
     ]
 
 
+def versions() -> dict[str, str | int]:
+    """Return what a result depends on beside its settings."""
+    levels, level = cpu.simd_levels()
+    return {
+        "wcmi_fast": wcmi_fast.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "simd": level if levels else "none",
+        "threads": torch.get_num_threads(),
+    }
+
+
 def _state(backend: str) -> str:
     if backend == registry.REFERENCE:
         return "ready: plain torch, every device"

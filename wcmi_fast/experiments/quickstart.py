@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 import tomllib
 from collections.abc import Callable
@@ -16,11 +15,10 @@ import tomli_w
 import torch
 from torch import Tensor, nn
 
-import wcmi_fast
 from wcmi_fast import functional
 from wcmi_fast.attacks import PGD
-from wcmi_fast.backends import cpu
 from wcmi_fast.data import Data, load_mnist5k
+from wcmi_fast.diagnosis import versions
 from wcmi_fast.experiments.report import Pictures, check_packages, write_report
 from wcmi_fast.files import write_file
 from wcmi_fast.functional.steps import check_budget
@@ -178,19 +176,6 @@ def configuration(job: Quickstart) -> dict[str, Any]:
     """Return all settings and versions of a job, as config.toml holds them."""
     work = asdict(plan(job), dict_factory=_without_none)
     return {"job": asdict(job), "work": work, "versions": versions()}
-
-
-def versions() -> dict[str, str | int]:
-    """Return what a result depends on beside its settings."""
-    levels, level = cpu.simd_levels()
-    return {
-        "wcmi_fast": wcmi_fast.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "simd": level if levels else "none",
-        "threads": torch.get_num_threads(),
-    }
 
 
 def interrupted(folder: Path) -> Quickstart:

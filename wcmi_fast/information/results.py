@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import RenderableType
@@ -241,8 +239,3 @@ class Report:
         from wcmi_fast.information.report import save
 
         save(self, Path(path))
-
-
-def plain_device(device: torch.device | str) -> str:
-    """Return a device's name, for settings."""
-    return str(torch.device(device))

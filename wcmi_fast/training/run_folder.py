@@ -7,7 +7,7 @@ finished one leaves `stages/<name>.json`. What a killed run had finished is not 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from wcmi_fast.files import discard, write_file
 from wcmi_fast.training import checkpoint
 
-METRICS = "metrics.jsonl"
+METRICS, SETTINGS = "metrics.jsonl", "settings.json"
 
 
 class RunFolder:
@@ -44,6 +44,33 @@ class RunFolder:
         # Fails now, with a sentence, rather than after minutes of training.
         write_file(path / ".writable", b"")
         (path / ".writable").unlink()
+
+    def claim(self, owner: str, settings: Mapping[str, Any]) -> None:
+        """Write what the run's results depend on, or raise if the folder holds another run.
+
+        Args:
+            owner: the function that was called, for the error.
+            settings: plain values.
+
+        Raises:
+            ValueError: the folder has other settings; the message names those that differ.
+        """
+        file = self.path / SETTINGS
+        wanted = json.loads(json.dumps(settings))
+        there = json.loads(file.read_text()) if file.exists() else wanted
+        keys = sorted(k for k in there.keys() | wanted.keys() if there.get(k) != wanted.get(k))
+        if keys:
+            raise ValueError(
+                f"{owner}: folder {self.path} holds a run with another {', '.join(keys)}, wanted "
+                "the same settings or a new folder"
+            )
+        write_file(file, json.dumps(settings, indent=1) + "\n")
+
+    def stage(self, name: str, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """Return what a stage reports; its work is done unless an earlier session finished it."""
+        if self.stage_result(name) is None:
+            self.finish_stage(name, work())
+        return self.stage_result(name) or {}
 
     def stage_result(self, stage: str) -> dict[str, Any] | None:
         """Return what a finished stage reported, or None."""
