@@ -92,15 +92,16 @@ def _of_torchvision(name: str, folder: Path) -> Data:
 
 def _of_file(path: Path) -> Data:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            missing = [name for name in ARRAYS if name not in arrays]
-            if missing:
-                raise ValueError(
-                    f"load: {path} has no array {', '.join(missing)}, wanted {', '.join(ARRAYS)}"
-                )
-            return _checked(path, *(arrays[name] for name in ARRAYS))
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise ValueError(f"load: {path} is no whole .npz file: {error}") from error
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ARRAYS if name in file}
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"load: {path} cannot be read as an .npz file: {error}") from error
+    missing = [name for name in ARRAYS if name not in arrays]
+    if missing:
+        raise ValueError(
+            f"load: {path} has no array {', '.join(missing)}, wanted {', '.join(ARRAYS)}"
+        )
+    return _checked(path, *(arrays[name] for name in ARRAYS))
 
 
 def _checked(path: Path, x_train: Any, y_train: Any, x_test: Any, y_test: Any) -> Data:
@@ -110,7 +111,10 @@ def _checked(path: Path, x_train: Any, y_train: Any, x_test: Any, y_test: Any) -
         _images(path, "x_test", x_test),
         _labels(path, "y_test", y_test),
     )
-    for part, x, y in (("train", found.x_train, found.y_train), ("test", found.x_test, found.y_test)):
+    for part, x, y in (
+        ("train", found.x_train, found.y_train),
+        ("test", found.x_test, found.y_test),
+    ):
         if len(x) != len(y):
             raise ValueError(
                 f"load: {path} has {len(x)} images in x_{part} and {len(y)} labels in y_{part}, "
@@ -131,7 +135,9 @@ def _images(path: Path, name: str, array: Any) -> Tensor:
     elif x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
         x = x.permute(0, 3, 1, 2).contiguous()
     fits = x.ndim == 2 and x.is_floating_point()
-    fits |= x.ndim == 4 and x.shape[1] in (1, 3) and (x.is_floating_point() or x.dtype == torch.uint8)
+    fits |= (
+        x.ndim == 4 and x.shape[1] in (1, 3) and (x.is_floating_point() or x.dtype == torch.uint8)
+    )
     if not fits or not len(x):
         raise ValueError(
             f"load: {path} has {name} of shape {tuple(x.shape)} and dtype {x.dtype}, wanted images "
@@ -141,12 +147,12 @@ def _images(path: Path, name: str, array: Any) -> Tensor:
 
 
 def _labels(path: Path, name: str, array: Any) -> Tensor:
-    y = torch.as_tensor(np.asarray(array))
+    y = np.asarray(array)
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
-    if y.ndim != 1 or y.is_floating_point() or (len(y) and int(y.min()) < 0):
+    if y.ndim != 1 or y.dtype.kind not in "iu" or (y < 0).any():
         raise ValueError(
-            f"load: {path} has {name} of shape {tuple(y.shape)} and dtype {y.dtype}, wanted classes "
-            "(N,), integers from 0 on"
+            f"load: {path} has {name} of shape {y.shape} and dtype {y.dtype}, wanted classes (N,), "
+            "integers from 0 on"
         )
-    return y.long()
+    return torch.from_numpy(y.astype(np.int64))

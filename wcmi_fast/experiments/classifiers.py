@@ -16,6 +16,7 @@ from wcmi_fast.training.loop import seeded, train_classifier
 from wcmi_fast.training.run_folder import RunFolder
 
 KINDS = ("standard", "robust")
+BATCH = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,9 @@ def trained(
             shape = (data.x_train.shape[1], data.x_train.shape[2], data.x_train.shape[3])
             model = BaselineH(shape, dim=classes)
         config = ClassifierConfig(
-            attack=attack if kind == "robust" else None, epochs=settings.epochs
+            attack=attack if kind == "robust" else None,
+            epochs=settings.epochs,
+            batch_size=BATCH,
         )
         found[kind] = train_classifier(
             config,

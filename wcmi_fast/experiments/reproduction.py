@@ -29,6 +29,7 @@ class Experiment(Protocol):
     """
 
     NAME: str
+    Job: Any
 
     def run(self, job: Any, folder: RunFolder, say: Say) -> Results:
         """Do the work, stage by stage (`RunFolder.stage`), and return plain values."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wcmi_fast.files import write_folder
+from wcmi_fast.files import write_file, write_folder
 
 FORMAT = "wcmi_fast checkpoint 1"
 TENSORS, META = "state.safetensors", "state.json"
@@ -32,6 +32,16 @@ def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -
     packed = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
     header = {"format": FORMAT, "sha256": hashlib.sha256(packed).hexdigest(), "meta": dict(meta)}
     write_folder(folder, {TENSORS: packed, META: json.dumps(header, indent=1).encode()})
+
+
+def save_weights(path: Path, module: nn.Module) -> None:
+    """Write a module's state as one safetensors file, for `wcmi_fast.models.load` and others.
+
+    Raises:
+        OSError: not writable, or disk full; an older file is then still there.
+    """
+    state = {name: t.detach().contiguous() for name, t in module.state_dict().items()}
+    write_file(path, safetensors.torch.save(state))
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
