@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -108,13 +108,26 @@ def test_classifiers_are_trained_once_and_differ(
         assert (model(x).argmax(1) == y).float().mean() > 0.9
     assert not torch.equal(models["standard"](x), models["robust"](x))
 
-    def refused(*args: Any, **options: Any) -> None:
-        raise AssertionError("trained again")
-
-    monkeypatch.setattr("torch.optim.Adam.step", refused)
+    monkeypatch.delattr("torch.optim.Adam.step")
     again = classifiers.trained(settings, data, run, print)
     for kind, model in models.items():
         assert torch.equal(again[kind](x), model(x))
+
+
+def test_classifiers_are_kept_for_several_experiments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classifiers, "BATCH", 16)
+    options = {**SETTINGS, "epochs": 1, "folder": tmp_path / "kept"}
+    settings = classifiers.Classifiers(data=str(tiny(tmp_path)), **options)
+    data = classifiers.load(settings)
+    models = classifiers.trained(settings, data, RunFolder(tmp_path / "one"), print)
+    monkeypatch.delattr("torch.optim.Adam.step")
+    again = classifiers.trained(settings, data, RunFolder(tmp_path / "two"), print)
+    x = data.x_test.float() / 255
+    assert all(torch.equal(again[kind](x), model(x)) for kind, model in models.items())
+    with pytest.raises(ValueError, match="holds a run with another seed"):
+        classifiers.trained(replace(settings, seed=1), data, RunFolder(tmp_path / "one"), print)
 
 
 def test_training_images_are_limited(tmp_path: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from torch import nn
 
 from wcmi_fast import datasets
 from wcmi_fast.attacks import PGD
 from wcmi_fast.data import Data, Feed
+from wcmi_fast.diagnosis import versions
 from wcmi_fast.models import BaselineH
 from wcmi_fast.training.config import ClassifierConfig
 from wcmi_fast.training.loop import seeded, train_classifier
@@ -29,12 +31,14 @@ class Classifiers:
     """Radius of the attack in adversarial training, in units of pixels from 0 to 1."""
     steps: int = 7
     """Steps of that attack, from a random start, of 2.5 eps / steps."""
-    epochs: int = 4
+    epochs: int = 3
     """Passes over the training images."""
     train_images: int = 60_000
     """Training images, at most."""
     seed: int = 0
     """Decides the first weights, the order of the data and the attack's starts."""
+    folder: Path | None = None
+    """Folder that keeps them for several experiments; None trains them in the experiment's own."""
 
 
 def load(settings: Classifiers) -> Data:
@@ -52,12 +56,18 @@ def trained(
     Args:
         settings: what to train.
         data: see `load`.
-        run: folder of checkpoints; a finished epoch is not done again.
+        run: the experiment's folder; a finished epoch is not done again.
         say: told what begins.
 
     Returns:
         "standard" and "robust": images -> logits, in eval mode, without gradient.
+
+    Raises:
+        ValueError: settings.folder holds classifiers of other settings.
     """
+    if settings.folder is not None:
+        run = RunFolder(settings.folder)
+        run.claim("trained", {**asdict(replace(settings, folder=None)), **versions()})
     attack = PGD(
         eps=settings.eps,
         step_size=2.5 * settings.eps / settings.steps,
