@@ -82,11 +82,12 @@ class _Entropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p: Tensor) -> Tensor:
         ctx.save_for_backward(p)
-        return -torch.xlogy(p, p) - torch.special.xlog1py(1 - p, -p)
+        other: Tensor = torch.special.xlog1py(1 - p, -p)
+        return -torch.xlogy(p, p) - other
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (p,) = ctx.saved_tensors
+        p: Tensor = ctx.saved_tensors[0]
         return grads[0] * _derivative(p)
 
 

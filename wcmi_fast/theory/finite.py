@@ -102,11 +102,11 @@ def worst_distribution(
         -gain,
         A_eq=np.concatenate([sources, targets]),
         b_eq=np.concatenate([table.ravel(), np.zeros(table.size)]),
-        bounds=np.stack([np.zeros_like(upper), upper], axis=1),
+        bounds=[(0.0, highest) for highest in upper.tolist()],
     )
-    if not found.success:
+    if found.x is None:
         raise RuntimeError(f"{owner}: linprog failed: {found.message}")
-    return WorstDistribution(-float(found.fun), found.x[moved])
+    return WorstDistribution(float(gain @ found.x), found.x[moved])
 
 
 def worst_case_information(

@@ -10,24 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def check_radius(owner: str, eps: float) -> float:
+def check_radius(owner: str, eps: object) -> float:
     """Return an attack's eps, 0 or more, possibly infinite."""
-    if isinstance(eps, bool) or not isinstance(eps, Real):
-        raise TypeError(f"{owner}: eps is {eps!r}, wanted a number, 0 or more")
-    if not eps >= 0:
-        raise ValueError(f"{owner}: eps is {eps}, wanted 0 or more")
-    return float(eps)
+    return _at_least(owner, "eps", eps, 0.0, "a number, 0 or more")
 
 
-def dual_exponent(owner: str, p: float) -> float:
+def dual_exponent(owner: str, p: object) -> float:
     """Return q with 1/p + 1/q = 1."""
-    if isinstance(p, bool) or not isinstance(p, Real):
-        raise TypeError(f"{owner}: p is {p!r}, wanted a number, 1 to infinity")
-    if not p >= 1:
-        raise ValueError(f"{owner}: p is {p}, wanted 1 to infinity")
-    if p == 1:
+    exponent = _at_least(owner, "p", p, 1.0, "a number, 1 to infinity")
+    if exponent == 1:
         return math.inf
-    return 1.0 if p == math.inf else p / (p - 1)
+    return 1.0 if exponent == math.inf else exponent / (exponent - 1)
 
 
 def dual_norm(owner: str, w: NDArray[np.float64], p: float) -> float:
@@ -66,3 +59,12 @@ def vector(owner: str, name: str, value: Any) -> NDArray[np.float64]:
     if not np.isfinite(found).all():
         raise ValueError(f"{owner}: {name} has NaN or infinite values, wanted finite")
     return found
+
+
+def _at_least(owner: str, name: str, value: object, lowest: float, wanted: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{owner}: {name} is {value!r}, wanted {wanted}")
+    number = float(value)
+    if not number >= lowest:
+        raise ValueError(f"{owner}: {name} is {value}, wanted {wanted}")
+    return number
