@@ -44,6 +44,10 @@ BOUNDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+# The scores' spread is that of so many images: a large batch's scores would not fit the memory.
+SPREAD_IMAGES = 128
+
+
 class Attack(Protocol):
     """What looks for the worst images near given ones; `PGD` is one."""
 
@@ -165,7 +169,8 @@ def train_critic(
     Source: Zhu et al. 2020, supplement B, algorithm 2.
     """
     fixed, x = folded(encoder), fed(x)
-    clean = fed(represent(fixed, x))
+    with seeded(seed, stage, "representations"):  # a stochastic encoder draws
+        clean = fed(represent(fixed, x))
     per_epoch = len(x) // config.batch_size
     with seeded(seed, stage, "weights"):
         critic = _trainable(start) if start else _new_critic(clean.shape[1], config.units, x)
@@ -282,7 +287,8 @@ def evaluate_critic(
                 traces.append([-float(value) for value in seen])
             z, h = critic.global_(fixed(images)), critic.local(images)
             values.append(float(bound(z, h)))
-            spreads.append(float(reference.scores(z, h).std()))
+            scores = reference.scores(z[:SPREAD_IMAGES], h[:SPREAD_IMAGES])
+            spreads.append(float(scores.std()))
             on_batch()
     zero, nonfinite = _shares(gradients)
     return Evaluation(tuple(values), _mean_trace(traces, values), zero, nonfinite, min(spreads))
@@ -438,10 +444,15 @@ def _shares(gradients: Sequence[Tensor]) -> tuple[float, float]:
 
 
 def _mean_trace(traces: Sequence[Sequence[float]], values: Sequence[float]) -> tuple[float, ...]:
-    """Average the paths of the attacks, each ended by the value of its result."""
-    if not traces or not traces[0]:
+    """Average the paths of the attacks, each ended by the value of its result.
+
+    Of attacks that took different numbers of steps only both ends can be averaged.
+    """
+    if not all(traces) or not traces:
         return ()
     whole = [[*trace, value] for trace, value in zip(traces, values, strict=True)]
+    if len({len(path) for path in whole}) > 1:
+        whole = [[path[0], path[-1]] for path in whole]
     return tuple(sum(column) / len(column) for column in zip(*whole, strict=True))
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -33,6 +34,7 @@ class Options(TypedDict, total=False):
     """Arguments that all measurements have; see `representation_vulnerability`."""
 
     layer: str | None
+    classes: int | None
     trials: int
     seed: int
     budget: float | None
@@ -112,42 +114,39 @@ def read(job: Job) -> Setting:
     """
     _check(job)
     found = samples(job.owner, job.data, job.seed)
-    found = _first(found, job.train_images, job.test_images)
-    _check_images(job, found)
+    found = found.drawn(job.train_images, job.test_images, job.seed)
+    _check_count(job, found)
+    x_test = Feed(found.x_test, job.device)
+    clip = _clip(found.x_test)
     setting = Setting(
         job=job,
-        encoder=_encoder(job),
+        encoder=_encoder(job, x_test[:2]),
         found=found,
         x_train=Feed(found.x_train, job.device),
-        x_test=Feed(found.x_test, job.device),
-        training=attack_of(job, job.training_steps or job.steps),
-        testing=attack_of(job, job.steps),
+        x_test=x_test,
+        training=attack_of(job, job.training_steps or job.steps, clip),
+        testing=attack_of(job, job.steps, clip),
         critic=job.critic,
         trials=job.trials,
         run=None if job.folder is None else RunFolder(job.folder),
     )
     _try_model(setting)
+    if setting.run is not None:
+        # Before the plan, which depends on the machine's speed: the same call finds its folder.
+        setting.run.claim(job.owner, settings_of(setting))
     if job.budget is not None:
         setting = _with_plan(setting, _planned(setting, job.budget))
-    if setting.run is not None:
-        setting.run.claim(job.owner, settings_of(setting))
     return setting
 
 
-def attack_of(job: Job, steps: int) -> Attack | None:
-    """Return a job's attack, with so many steps if it is PGD; None for plain information."""
+def attack_of(job: Job, steps: int, clip: tuple[float, float]) -> Attack | None:
+    """Return a job's attack, or PGD with so many steps; None for plain information."""
     if job.eps is None or job.attack is not None:
         return job.attack
-    return pgd_of(job, steps)
-
-
-def pgd_of(job: Job, steps: int) -> PGD:
-    """Return projected gradient descent with a job's eps, crossing the ball in so many steps."""
-    eps = job.eps or 0.0
-    if job.step_size is None:
-        # Madry's rule; where eps is 0 the step size does not matter, but must not be 0.
-        return PGD(eps=eps, step_size=2.5 * eps / steps or 1.0, steps=steps)
-    return PGD(eps=eps, step_size=job.step_size * job.steps / steps, steps=steps)
+    # Madry's rule. Fewer steps in training are longer, so that they reach as far. Where eps is 0
+    # the step size does not matter, but must not be 0.
+    path = 2.5 * job.eps if job.step_size is None else job.step_size * job.steps
+    return PGD(eps=job.eps, step_size=path / steps or 1.0, steps=steps, clip=clip)
 
 
 def settings_of(setting: Setting) -> dict[str, Any]:
@@ -162,7 +161,7 @@ def settings_of(setting: Setting) -> dict[str, Any]:
         "data_sha256": _digest((setting.found.x_train, setting.found.x_test)),
         "train_images": len(setting.x_train),
         "test_images": len(setting.x_test),
-        **_attack_settings(job, setting.testing),
+        **_attack_settings(setting),
         **asdict(setting.critic),
         "trials": setting.trials,
         "seed": job.seed,
@@ -172,25 +171,26 @@ def settings_of(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _attack_settings(job: Job, attack: Attack | None) -> dict[str, Any]:
+def _attack_settings(setting: Setting) -> dict[str, Any]:
+    attack, training = setting.testing, setting.training
     if attack is None:
         return {}
     if not isinstance(attack, PGD):
-        return {"eps": job.eps, "attack": type(attack).__name__}
-    return {
-        "attack": "PGD",
-        "eps": attack.eps,
-        "steps": attack.steps,
-        "step_size": attack.step_size,
-        "training_steps": job.training_steps or attack.steps,
-    }
+        return {"eps": setting.job.eps, "attack": type(attack).__name__}
+    found = {"attack": "PGD", **asdict(attack), "training_steps": attack.steps}
+    if isinstance(training, PGD):
+        found |= {"training_steps": training.steps, "training_step_size": training.step_size}
+    found["clip"] = [str(end) if math.isinf(end) else end for end in attack.clip]
+    return found
 
 
-def _digest(tensors: Any) -> str:
-    """Return the first digits of a hash of tensors' values."""
+def _digest(tensors: Iterable[object]) -> str:
+    """Return the first digits of a hash of tensors' values; a module's extra state is none."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        if isinstance(tensor, Tensor):
+            rows = tensor.detach().cpu().contiguous().flatten()
+            digest.update(rows.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -203,24 +203,37 @@ def _check(job: Job) -> None:
             isinstance(value, bool) or not isinstance(value, int) or value < 1
         ):
             raise ValueError(f"{job.owner}: {name} is {value!r}, wanted an integer, 1 or more")
+    if isinstance(job.seed, bool) or not isinstance(job.seed, int):
+        raise TypeError(f"{job.owner}: seed is {job.seed!r}, wanted an integer")
+    for name in ("eps", "step_size", "budget"):
+        value = getattr(job, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise TypeError(f"{job.owner}: {name} is {value!r}, wanted a number")
     if job.budget is not None and not 0 < job.budget < math.inf:
         raise ValueError(f"{job.owner}: budget is {job.budget}, wanted minutes > 0, or None")
     if job.eps is not None and job.attack is None:
         step_size = 1.0 if job.step_size is None else job.step_size
         check_budget(job.owner, job.eps, step_size, (0.0, 1.0))
+    _check_device(job)
 
 
-def _first(found: Samples, train: int | None, test: int | None) -> Samples:
-    """Return so many training and test images."""
-    return found._replace(
-        x_train=found.x_train[:train],
-        x_test=found.x_test[:test],
-        y_train=None if found.y_train is None else found.y_train[:train],
-        y_test=None if found.y_test is None else found.y_test[:test],
-    )
+def _check_device(job: Job) -> None:
+    try:
+        torch.empty(0, device=job.device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{job.owner}: device is {str(job.device)!r}, wanted one that torch can use here, such "
+            f"as 'cpu' ({reason})"
+        ) from error
 
 
-def _check_images(job: Job, found: Samples) -> None:
+def _clip(x: Tensor) -> tuple[float, float]:
+    """Return the range of an attacked image; vectors of floats have none."""
+    return (-math.inf, math.inf) if x.ndim == 2 and x.is_floating_point() else (0.0, 1.0)
+
+
+def _check_count(job: Job, found: Samples) -> None:
     size = job.critic.batch_size
     for name, rows in (("training", found.x_train), ("test", found.x_test)):
         if len(rows) < size:
@@ -228,18 +241,11 @@ def _check_images(job: Job, found: Samples) -> None:
                 f"{job.owner}: data has {len(rows)} {name} images, wanted at least a batch of "
                 f"{size} (critic=CriticConfig(batch_size=...))"
             )
-        if rows.ndim == 4 and rows.is_floating_point():
-            low, high = (float(end) for end in torch.aminmax(rows))
-            if low < 0 or high > 1:
-                raise ValueError(
-                    f"{job.owner}: data's {name} images range from {low} to {high}, wanted values "
-                    "in [0, 1], or uint8; normalise inside the model"
-                )
 
 
-def _encoder(job: Job) -> nn.Module:
+def _encoder(job: Job, like: Tensor) -> nn.Module:
     try:
-        return frozen_copy(job.model, job.layer).to(job.device)
+        return frozen_copy(job.model, job.layer, like)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{job.owner}: {error}") from error
 
@@ -249,7 +255,7 @@ def _try_model(setting: Setting) -> None:
     try:
         with torch.no_grad():
             found: Tensor = setting.encoder(setting.x_test[:2])
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever a user's model raises
         raise ValueError(
             f"{setting.job.owner}: model does not map images of shape "
             f"{tuple(setting.x_test.shape[1:])} to a representation: {error}"
@@ -263,29 +269,29 @@ def _try_model(setting: Setting) -> None:
 
 def _planned(setting: Setting, minutes: float) -> Plan:
     """Return the plan of the folder, or a new one, which depends on the machine's speed."""
-    job, run = setting.job, setting.run
-    file = None if run is None else run.path / PLAN
-    if file is not None and file.exists():
-        planned = Plan(**json.loads(file.read_text()))
-    else:
-        planned = plan(
-            setting.encoder,
-            setting.x_train,
-            setting.x_test,
-            setting.critic,
-            training=setting.training,
-            testing=setting.testing,
-            trials=setting.trials,
-            minutes=minutes,
-        )
-    if file is not None:
-        write_file(file, json.dumps(asdict(planned), indent=1) + "\n")
-    job.say(str(planned))
+    run = setting.run
+    if run is not None and (run.path / PLAN).exists():
+        planned = Plan(**json.loads((run.path / PLAN).read_text()))
+        setting.job.say(f"{planned} (as begun)")
+        return planned
+    planned = plan(
+        setting.encoder,
+        setting.x_train,
+        setting.x_test,
+        setting.critic,
+        training=setting.training,
+        testing=setting.testing,
+        trials=setting.trials,
+        minutes=minutes,
+    )
+    if run is not None:
+        write_file(run.path / PLAN, json.dumps(asdict(planned), indent=1) + "\n")
+    setting.job.say(str(planned))
     return planned
 
 
 def _with_plan(setting: Setting, planned: Plan) -> Setting:
-    found = _first(setting.found, planned.train_images, planned.test_images)
+    found = setting.found.first(planned.train_images, planned.test_images)
     return replace(
         setting,
         found=found,

@@ -142,22 +142,32 @@ def _cost(
     training: Attack | None,
     testing: Attack | None,
 ) -> Cost:
-    """Time batches after a warm-up; the slower of the terms is the attacked one."""
+    """Time batches of each term after a warm-up."""
     few = replace(config, epochs=3)
     rows = Feed(x_train[: 2 * config.batch_size], x_train.device)
     attacks = [(None, None)] if testing is None else [(None, None), (training, testing)]
     train = test = 0.0
     for attack, tried in attacks:
-        moments: list[float] = []
-        trained = train_critic(
-            encoder, rows, few, attack=attack, seed=0, on_batch=lambda: moments.append(_now())
+        clock = _Clock()
+        trained = train_critic(encoder, rows, few, attack=attack, seed=0, on_batch=clock.tick)
+        train += clock.mean()
+        clock = _Clock()
+        evaluate_critic(
+            encoder, trained.critic, x_test, config, attack=tried, limit=3, on_batch=clock.tick
         )
-        train += (moments[-1] - moments[0]) / (len(moments) - 1)
-        begin = _now()
-        evaluate_critic(encoder, trained.critic, x_test, config, attack=tried, limit=1)
-        test += _now() - begin
+        test += clock.mean()
     return Cost(train=train, test=test)
 
 
-def _now() -> float:
-    return time.monotonic()
+class _Clock:
+    """Seconds per batch; the first is a warm-up, if there are more."""
+
+    def __init__(self) -> None:
+        self.ticks = [time.monotonic()]
+
+    def tick(self) -> None:
+        self.ticks.append(time.monotonic())
+
+    def mean(self) -> float:
+        ticks = self.ticks[1:] if len(self.ticks) > 2 else self.ticks
+        return (ticks[-1] - ticks[0]) / (len(ticks) - 1)

@@ -25,6 +25,10 @@ class Representation(nn.Module):
         model: images (N, ...) -> anything, or a tensor if layer is None.
         layer: a submodule's name as in ``model.named_modules()``; None for the model's output.
 
+    Attributes:
+        keep_layers: whether `folded` must leave the model's layers as they are; it would change
+            what a layer's name stands for.
+
     Raises:
         ValueError: the model has no submodule of that name.
     """
@@ -32,13 +36,14 @@ class Representation(nn.Module):
     def __init__(self, model: nn.Module, layer: str | None) -> None:
         super().__init__()
         self.model, self.layer = model, layer
+        self.keep_layers = layer is not None
         if layer is not None and layer not in _names(model):
             close = difflib.get_close_matches(layer, _names(model), n=3, cutoff=0.3)
             hint = f"did you mean {', '.join(map(repr, close))}?" if close else "it has none"
             raise ValueError(f"layer is {layer!r}, wanted a submodule of the model; {hint}")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images to the representation (N, D).
+        """Map images to the representation (N, D), float32.
 
         Raises:
             TypeError: it is no tensor of floating point.
@@ -54,30 +59,51 @@ class Representation(nn.Module):
                 f"{what} returned shape {tuple(found.shape)}, wanted ({len(x)}, ...), a row per "
                 "image"
             )
-        return found.flatten(1) if found.ndim > 1 else found[:, None]
+        return (found.flatten(1) if found.ndim > 1 else found[:, None]).float()
 
 
-def frozen_copy(model: nn.Module, layer: str | None) -> nn.Module:
+def frozen_copy(model: nn.Module, layer: str | None, like: Tensor) -> nn.Module:
     """Return a frozen copy in eval mode of a model's (or its layer's) map; the model is untouched.
+
+    Batch norms are folded away where that changes nothing.
 
     Args:
         model, layer: as for `Representation`.
+        like: a few of its inputs, on the device where the copy is wanted.
 
     Raises:
         TypeError: the model cannot be copied.
         ValueError: as `Representation`.
     """
-    # A layer inside a sequence might be folded away: then the whole model is copied as it is.
-    representation = Representation(model, layer)
+    plain = _copied(Representation(model, layer)).to(like.device)
+    if layer is None and _folds(plain, like):
+        return folded(plain)
+    plain.keep_layers = True
+    return plain
+
+
+def _copied(representation: Representation) -> Representation:
+    model = representation.model
     try:
-        if layer is None:
-            return folded(representation)
         return copy.deepcopy(representation).eval().requires_grad_(False)
     except Exception as error:
         raise TypeError(
             f"model is a {type(model).__name__} that copy.deepcopy cannot copy ({error}), wanted "
             "one that it can: the measurement leaves the model itself untouched"
         ) from error
+
+
+@torch.no_grad()
+def _folds(representation: nn.Module, like: Tensor) -> bool:
+    """Tell whether a model computes the same with its batch norms folded.
+
+    It does not where its forward takes layers of a sequence by number, or needs a memory format.
+    """
+    try:
+        wanted, found = representation(like), folded(representation)(like)
+    except Exception:  # whatever a user's model may raise: what it means is said where it is run
+        return False
+    return torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
 
 def _names(model: nn.Module) -> list[str]:
@@ -105,6 +131,21 @@ def _layer_output(model: nn.Module, layer: str, x: Tensor) -> Any:
 def is_stochastic(encoder: nn.Module, x: Tensor) -> bool:
     """Tell whether an encoder maps the same images to different representations."""
     return not torch.equal(encoder(x), encoder(x))
+
+
+@torch.enable_grad()
+def without_gradient(encoder: nn.Module, x: Tensor) -> float:
+    """Return the share of images x (N, ...) at which an encoder's gradient is zero, in [0, 1].
+
+    An attack through both sides of a critic moves such images by the critic's other side alone,
+    and nobody would notice.
+    """
+    x = x.detach().requires_grad_()
+    found = encoder(x)
+    if not found.requires_grad:
+        return 1.0
+    (gradient,) = torch.autograd.grad((found * torch.randn_like(found)).sum(), x)
+    return float((gradient.flatten(1) == 0).all(1).double().mean())
 
 
 def batch_norms(model: nn.Module) -> tuple[int, int]:

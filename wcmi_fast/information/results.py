@@ -133,6 +133,12 @@ class Evidence:
     score_spread: float
     best_batch: int
 
+    @staticmethod
+    def of(found: Mapping[str, Any]) -> Evidence:
+        """Return evidence from JSON, where tuples are lists."""
+        curve, trace = tuple(found["curve"]), tuple(found["trace"])
+        return Evidence(**{**found, "curve": curve, "trace": trace})
+
 
 @dataclass(frozen=True)
 class Flag:

@@ -14,17 +14,25 @@ def folded(module: nn.Module) -> nn.Module:
     The copy computes what ``module.eval()`` computes, up to rounding, with weights that need no
     gradient, faster: an attack evaluates fixed weights many times. It is a snapshot: make a new one
     when the weights have changed. Batch norms are folded where they directly follow a convolution
-    or a linear layer in an ``nn.Sequential``; dropout, an identity in eval mode, is removed.
+    or a linear layer in an ``nn.Sequential``; dropout, an identity in eval mode, is removed. A
+    submodule whose attribute ``keep_layers`` is true stays as it is, with all that it holds.
 
     Args:
         module: any module; it is not changed.
     """
     with torch.inference_mode(False), torch.no_grad():
         snapshot = copy.deepcopy(module).eval().requires_grad_(False)
+        kept = _kept(snapshot)
         for part in snapshot.modules():
-            if isinstance(part, nn.Sequential):
+            if isinstance(part, nn.Sequential) and part not in kept:
                 _fold_sequence(part)
-        return snapshot.to(memory_format=torch.channels_last)
+        # What is kept may rely on the memory format, as x.view(len(x), -1) does.
+        return snapshot if kept else snapshot.to(memory_format=torch.channels_last)
+
+
+def _kept(module: nn.Module) -> set[nn.Module]:
+    roots = [part for part in module.modules() if getattr(part, "keep_layers", False)]
+    return {part for root in roots for part in root.modules()}
 
 
 def _fold_sequence(sequence: nn.Sequential) -> None:
