@@ -57,7 +57,7 @@ class ReproduceCommand:
     """Run an experiment of the paper or of this package; write its table, figure and numbers."""
 
     experiment: Annotated[
-        Union[tuple(map(command_type, EXPERIMENTS.values()))],  # type: ignore[misc]  # noqa: UP007
+        Union[tuple(map(command_type, EXPERIMENTS.values()))],  # type: ignore[valid-type]  # noqa: UP007
         tyro.conf.arg(name=""),
     ]
     """Which one; each has options of its own."""
