@@ -465,9 +465,18 @@ def _whole_curve(run: RunFolder | None, stage: str, curve: dict[int, float]) -> 
 
 
 def _new_critic(dim: int, units: int, x: Feed) -> Critic:
+    """Build an untrained critic whose scores have a standard deviation of about 1.
+
+    Products of two layer norms have one of sqrt(U), which puts dv far below 0 at first; most of a
+    short training then goes into coming back.
+    """
     if len(x.shape) == 4:
-        return new_critic(dim, units, (x.shape[1], x.shape[2], x.shape[3]))
-    return Critic(GlobalCritic(dim, units=units), VectorCritic(x.shape[1], units=units))
+        critic = new_critic(dim, units, (x.shape[1], x.shape[2], x.shape[3]))
+    else:
+        critic = Critic(GlobalCritic(dim, units=units), VectorCritic(x.shape[1], units=units))
+    with torch.no_grad():
+        critic.global_.get_parameter("block.norm.weight").div_(math.sqrt(units))
+    return critic
 
 
 def _set_rate(optimizer: Adam, value: float) -> None:

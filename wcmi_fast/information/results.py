@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Estimate:
         mean: over trials and batches.
         standard_error: of the trials' means; of the batches where there is one trial; NaN for one
             batch of one trial.
-        interval: 95 % interval (low, high), see `Estimate.of`; NaN where standard_error is.
+        interval: 95 % interval (low, high), see `Estimate.of`; NaN for one batch.
         batches: the values, trials x batches. Every trial has the same test batches.
     """
 
@@ -56,10 +57,24 @@ class Estimate:
         Two things make the mean uncertain: how the critics were trained (the trials differ) and
         which images were drawn for testing (the batches differ). The interval adds both, each in
         quadrature: Student's interval of the trials' means, and a bootstrap of the batches, each
-        averaged over trials (bias corrected and accelerated, 2,000 resamples, fixed seed). A value
-        of a pair, such as RV, is a difference batch by batch, so its bootstrap is a paired one.
+        averaged over trials (bias corrected and accelerated, 2,000 resamples, fixed seed), widened
+        as Student's interval is wider than the normal one, without which it covers 84 % instead of
+        95 % for 5 batches. A value of a pair, such as RV, is a difference batch by batch, so its
+        bootstrap is a paired one. The interval covers what the mean would be for other test images
+        and critics trained anew on the same images; not the distance to the true information.
+
+        Args:
+            values: nats, trials x batches.
+
+        Raises:
+            ValueError: no values, rows of different lengths, NaN or infinite values.
         """
         rows = tuple(tuple(map(float, row)) for row in values)
+        if not rows or not rows[0] or len({len(row) for row in rows}) > 1:
+            sizes = [len(row) for row in rows]
+            raise ValueError(f"Estimate.of: values has rows of {sizes}, wanted trials x batches")
+        if not all(math.isfinite(value) for row in rows for value in row):
+            raise ValueError("Estimate.of: values has NaN or infinite ones, wanted finite nats")
         trials = [statistics.fmean(row) for row in rows]
         columns = [statistics.fmean(column) for column in zip(*rows, strict=True)]
         mean = statistics.fmean(trials)
@@ -75,17 +90,29 @@ class Estimate:
         return Estimate.of([[a - b for a, b in zip(*rows, strict=True)] for rows in pairs])
 
 
+def _plain(value: Any) -> Any:
+    """Return what strict JSON can hold."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def _trial_error(trials: Sequence[float]) -> float:
     """Return half of Student's interval; one trial says nothing of this error, and adds none."""
-    if len(trials) < 2:
-        return 0.0
+    return _student(len(trials)) * _standard_error(trials) if len(trials) > 1 else 0.0
+
+
+def _student(count: int) -> float:
+    """Return how many standard errors of so many values reach to the interval's end."""
     from scipy.stats import t
 
-    return float(t.ppf(0.5 + CONFIDENCE / 2, len(trials) - 1)) * _standard_error(trials)
+    return float(t.ppf(0.5 + CONFIDENCE / 2, count - 1))
 
 
 def _batch_errors(columns: Sequence[float], mean: float) -> tuple[float, float]:
@@ -105,7 +132,12 @@ def _batch_errors(columns: Sequence[float], mean: float) -> tuple[float, float]:
         method="BCa",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return mean - float(interval.low), float(interval.high) - mean
+    # Hesterberg (2015), expanded intervals: resamples are as narrow as sqrt((n - 1) / n) standard
+    # errors, and know no uncertainty of their own width.
+    count = len(columns)
+    widened = _student(count) / NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
+    widened *= math.sqrt(count / (count - 1))
+    return widened * (mean - float(interval.low)), widened * (float(interval.high) - mean)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,12 +235,17 @@ class Report:
         return {name: estimate for name, estimate in named.items() if estimate is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, lists and strings, as report.json holds them."""
-        found = asdict(self)
+        """Return plain numbers, lists and strings, as report.json holds them; NaN is None."""
+        found: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
         for name, estimate in self.estimates().items():
-            found[name] |= {"bits": estimate.bits, "trials": list(estimate.trials)}
+            more = {"bits": estimate.bits, "trials": estimate.trials}
+            found[name] = asdict(estimate) | more
         found["flags"] = [asdict(flag) | {"docs": flag.docs} for flag in self.flags]
-        return found
+        found["evidence"] = {
+            term: [asdict(each) for each in seen] for term, seen in self.evidence.items()
+        }
+        plain: dict[str, Any] = _plain(found)
+        return plain
 
     def __rich__(self) -> RenderableType:
         """Return the tables that a terminal shows."""
