@@ -77,7 +77,9 @@ def _of_torchvision(name: str, folder: Path) -> Data:
     from torchvision import datasets
 
     maker = getattr(datasets, TORCHVISION[name])
-    parts = ({"split": "train"}, {"split": "test"}) if name == "svhn" else ({}, {"train": False})
+    parts: tuple[dict[str, Any], ...] = ({}, {"train": False})
+    if name == "svhn":
+        parts = ({"split": "train"}, {"split": "test"})
     try:
         train, test = (maker(root=str(folder), download=True, **part) for part in parts)
     except (RuntimeError, OSError) as error:
