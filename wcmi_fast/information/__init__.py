@@ -1,6 +1,7 @@
 """Information, worst-case information and vulnerability of a representation (spec section 3)."""
 
 from wcmi_fast.information.critic import (
+    Attack,
     CriticConfig,
     attack_information,
     evaluate_critic,
@@ -10,6 +11,7 @@ from wcmi_fast.information.results import CAVEAT, Estimate, Evidence, Flag, Repo
 
 __all__ = [
     "CAVEAT",
+    "Attack",
     "CriticConfig",
     "Estimate",
     "Evidence",
