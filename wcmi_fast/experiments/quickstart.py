@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from wcmi_fast import functional
 from wcmi_fast.attacks import PGD
 from wcmi_fast.data import Data, load_mnist5k
 from wcmi_fast.diagnosis import versions
@@ -23,6 +21,7 @@ from wcmi_fast.experiments.report import Pictures, check_packages, write_report
 from wcmi_fast.files import write_file
 from wcmi_fast.functional.steps import check_budget
 from wcmi_fast.information import CriticConfig, Estimate, evaluate_critic, train_critic
+from wcmi_fast.information.saliency import saliency
 from wcmi_fast.models.folding import folded
 from wcmi_fast.theory import adversarial_accuracy_upper_bound
 from wcmi_fast.training.config import EncoderConfig, HeadConfig
@@ -30,7 +29,6 @@ from wcmi_fast.training.loop import (
     Critic,
     accuracy,
     classification_loss,
-    information_loss,
     represent,
     train_encoder,
     train_head,
@@ -346,22 +344,14 @@ def _pictures(here: _Context, trained: dict[str, _Trained], data: Data) -> Pictu
     labels = data.y_test.tolist()
     chosen = [labels.index(digit) for digit in range(CLASSES) if digit in labels]
     x, y = data.x_test[chosen], data.y_test[chosen]
-    attacked, predictions, saliency = {}, {}, {}
+    attacked, predictions, maps = {}, {}, {}
     for name, parts in trained.items():
         encoder, head = folded(parts.encoder), folded(parts.heads["robust"])
         x_adv = here.work.evaluation.attack(classification_loss(encoder, head, y), x)
         attacked[name] = x_adv.cpu()
         predictions[name] = head(represent(encoder, x_adv)).argmax(1).tolist()
-        saliency[name] = _saliency(parts, x).cpu()
-    return Pictures(y.tolist(), x.cpu(), attacked, predictions, saliency)
-
-
-def _saliency(trained: _Trained, x: Tensor) -> Tensor:
-    """Return the gradient of the batch's information loss (minus the bound) at its images."""
-    point = x.detach().clone().requires_grad_()
-    loss_fn = information_loss(trained.encoder, trained.critic, functional.dv, "full")
-    (gradient,) = torch.autograd.grad(loss_fn(point), point)
-    return gradient
+        maps[name] = saliency(parts.encoder, parts.critic, x).cpu()
+    return Pictures(y.tolist(), x.cpu(), attacked, predictions, maps)
 
 
 def _command(job: Quickstart) -> str:
