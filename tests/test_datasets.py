@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,29 @@ def test_a_name_is_a_file_of_the_folder(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(datasets.load("svhn").x_train) == 8
 
 
-def test_torchvision_reads_what_lies_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "maker", "part", "labels"),
+    [
+        ("svhn", "SVHN", lambda options: options["split"] == "train", "labels"),
+        ("mnist", "MNIST", lambda options: options.get("train", True), "targets"),
+    ],
+)
+def test_torchvision_reads_what_lies_there(
+    name: str,
+    maker: str,
+    part: Callable[[dict[str, Any]], bool],
+    labels: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Fake:
-        def __init__(self, root: str, download: bool, split: str) -> None:
-            n = {"train": 4, "test": 2}[split]
+        def __init__(self, root: str, download: bool, **options: Any) -> None:
+            n = 4 if part(options) else 2
             self.data = np.full((n, 3, 8, 8), n, dtype=np.uint8)
-            self.labels = np.arange(n)
+            setattr(self, labels, np.arange(n))
 
-    monkeypatch.setattr("torchvision.datasets.SVHN", Fake)
-    found = datasets.load("svhn", folder=tmp_path)
+    monkeypatch.setattr(f"torchvision.datasets.{maker}", Fake)
+    found = datasets.load(name, folder=tmp_path)
     assert found.x_train.shape == (4, 3, 8, 8)
     assert found.x_test.unique().tolist() == [2]
     assert found.y_train.tolist() == [0, 1, 2, 3]

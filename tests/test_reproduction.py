@@ -114,6 +114,24 @@ def test_classifiers_are_trained_once_and_differ(
         assert torch.equal(again[kind](x), model(x))
 
 
+def test_only_the_robust_classifier_meets_an_attack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attacks = []
+
+    def seen(config: Any, model: Any, *args: Any, **options: Any) -> Any:
+        attacks.append(config.attack)
+        return model
+
+    monkeypatch.setattr(classifiers, "train_classifier", seen)
+    settings = classifiers.Classifiers(data=str(tiny(tmp_path)), eps=0.2, steps=4)
+    classifiers.trained(settings, classifiers.load(settings), RunFolder(tmp_path / "run"), print)
+    standard, robust = attacks
+    assert standard is None
+    assert (robust.eps, robust.steps, robust.step_size) == (0.2, 4, 0.125)
+    assert robust.random_start
+
+
 def test_classifiers_are_kept_for_several_experiments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
