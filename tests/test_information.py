@@ -69,7 +69,11 @@ def test_evaluation_is_the_bound_of_equal_batches() -> None:
     parts = [x[:20], x[20:40]]
     scores = [reference.scores(critic.global_(encoder(v)), critic.local(v)) for v in parts]
     assert found.values == pytest.approx([reference.dv(T).item() for T in scores], rel=1e-4)
-    assert found.score_spread == pytest.approx(min(T.std().item() for T in scores), rel=1e-4)
+    own = [T.mean(0) + T.mean(1)[:, None] - T.mean((0, 1)) for T in scores]
+    spreads = [
+        (T - each).square().mean().sqrt().item() for T, each in zip(scores, own, strict=True)
+    ]
+    assert found.score_spread == pytest.approx(min(spreads), rel=1e-4)
     assert found.trace == ()
 
 

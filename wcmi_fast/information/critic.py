@@ -287,8 +287,7 @@ def evaluate_critic(
                 traces.append([-float(value) for value in seen])
             z, h = critic.global_(fixed(images)), critic.local(images)
             values.append(float(bound(z, h)))
-            scores = reference.scores(z[:SPREAD_IMAGES], h[:SPREAD_IMAGES])
-            spreads.append(float(scores.std()))
+            spreads.append(_spread(z[:SPREAD_IMAGES], h[:SPREAD_IMAGES]))
             on_batch()
     zero, nonfinite = _shares(gradients)
     return Evaluation(tuple(values), _mean_trace(traces, values), zero, nonfinite, min(spreads))
@@ -414,6 +413,13 @@ class _Best(nn.Module):
     def critic(self) -> Critic:
         """Return it for evaluation."""
         return _snapshot(Critic(self.global_, self.local))
+
+
+def _spread(z: Tensor, h: Tensor) -> float:
+    """Return the standard deviation of the scores of pairs, see `Evidence.score_spread`."""
+    T = reference.scores(z, h)
+    own = T.mean(0, keepdim=True) + T.mean(1, keepdim=True) - T.mean((0, 1), keepdim=True)
+    return float((T - own).square().mean().sqrt())
 
 
 def _watched(

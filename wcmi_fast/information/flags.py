@@ -175,15 +175,15 @@ def critic_gap(term: str, estimate: Estimate, seen: Sequence[Evidence]) -> Flag 
 
 
 def collapsed_critic(term: str, seen: Sequence[Evidence]) -> Flag | None:
-    """Tell whether a critic gives all pairs the same score."""
+    """Tell whether a critic's scores do not depend on what is paired with what."""
     spreads = [e.score_spread for e in seen if not e.score_spread >= CONSTANT_SCORES]
     if not spreads:
         return None
     return Flag(
         "collapsed_critic",
-        f"{len(spreads)} of {len(seen)} critics of the {_words(term)} give all pairs of a batch "
-        f"nearly the same score (standard deviation {min(spreads):.2g}): 0 nats then say nothing "
-        "of the representation.",
+        f"{len(spreads)} of {len(seen)} critics of the {_words(term)} score right and wrong pairs "
+        f"of a batch alike (standard deviation {min(spreads):.2g}): 0 nats then say that the "
+        "critic found nothing, and not that there is nothing.",
     )
 
 
@@ -236,6 +236,8 @@ def attack_unfinished(seen: Sequence[Evidence]) -> Flag | None:
     if not (paths := _paths(seen, 3)):
         return None
     drop = fmean(p[0] - p[-1] for p in paths)
+    if drop < NO_DROP:
+        return None
     # Of two steps, because steps by the gradient's sign swing to and fro.
     last = fmean((p[-3] - p[-1]) / 2 for p in paths)
     if not last > max(LAST_STEP * drop, NO_DROP):

@@ -152,7 +152,8 @@ class Evidence:
             images' (or the random start's), last the result's; empty without an attack.
         zero_gradients: share of the attacked images, over all steps, whose gradient is all zero.
         nonfinite_gradients: share of the gradients' elements that are NaN or infinite.
-        score_spread: standard deviation of the critic's scores over a test batch.
+        score_spread: standard deviation of the critic's scores of a test batch's pairs, without
+            the part that belongs to one side alone: the smallest of the batches.
         best_batch: number of the training batch whose critic was kept, counted from 0.
     """
 
