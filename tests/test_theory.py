@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import doctest
 import math
 from collections.abc import Callable
 from decimal import Decimal, localcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,13 @@ PROBABILITIES += [0.5, 0.5 + 2**-53, 0.5 + 1e-5, 0.7, 0.75, 0.9, 1 - 1e-8, 1 - 2
 def test_worked_values(information: float, percent: float) -> None:
     assert round(100 * adversarial_accuracy_upper_bound(information, 10), 1) == percent
     assert round(100 * adversarial_risk_lower_bound(information, 10), 1) == 100 - percent
+
+
+def test_the_proofs_checks() -> None:
+    document = Path(__file__).parents[1] / "docs" / "theory.md"
+    found = doctest.testfile(str(document), module_relative=False)
+    assert found.failed == 0
+    assert found.attempted > 50
 
 
 def test_no_constraint_from_log_5_on() -> None:
@@ -157,6 +166,9 @@ def test_entropy_is_differentiable_twice() -> None:
     assert torch.autograd.gradgradcheck(binary_entropy, p)
     (slope,) = torch.autograd.grad(binary_entropy_derivative(p).sum(), p)
     assert torch.allclose(slope, -1 / (p * (1 - p)), rtol=1e-12)
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(binary_entropy_derivative(ends).sum(), ends)
+    assert slope.tolist() == [-math.inf, -math.inf]
 
 
 @pytest.mark.parametrize("imbalance", [0.0, 1e-160, 1e-9, 0.01, 0.4999, 0.5, 0.8, 1 - 1e-9, 1.0])

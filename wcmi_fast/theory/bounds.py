@@ -175,4 +175,4 @@ def _fano_error(information: Tensor, classes: Tensor) -> Tensor:
         middle = (low + high) / 2
         enough = _fano(middle, classes) >= wanted
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-    return torch.where(wanted <= 0, 0.0, torch.where(information <= 0, 1 - 1 / classes, low))
+    return torch.where(information <= 0, 1 - 1 / classes, low)

@@ -92,9 +92,8 @@ class _Entropy(torch.autograd.Function):
 
 
 def _derivative(p: Tensor) -> Tensor:
-    # 1 - 2p is exact where p is near 1/2. Where a branch is not taken, it gets a harmless value,
-    # because the gradient of torch.where multiplies the other branch's by 0.
+    # 1 - 2p is exact where p is near 1/2. Elsewhere that branch gets a harmless value, because the
+    # gradient of torch.where multiplies the infinite one at 0 and 1 by 0.
     middle = (p - 0.5).abs() < 0.25
     near = 2 * torch.atanh(1 - 2 * torch.where(middle, p, 0.5))
-    far = torch.where(middle, 0.25, p)
-    return torch.where(middle, near, torch.log1p(-far) - far.log())
+    return torch.where(middle, near, torch.log1p(-p) - p.log())
