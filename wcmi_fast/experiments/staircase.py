@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from wcmi_fast import functional
+from wcmi_fast.experiments import distributions
+from wcmi_fast.experiments.distributions import Task
 from wcmi_fast.experiments.reproduction import Results, Say
 from wcmi_fast.functional.ema import EMAState
 from wcmi_fast.information.flags import near_log_n
@@ -33,8 +36,7 @@ BLOCK, BLOCK_BATCHES = 50, 10
 # What is judged: these estimates, up to so many nats, within so much of the truth, on linear data.
 JUDGED, JUDGED_UP_TO, TOLERANCE = ("dv", "smile inf", "smile 5"), 6.0, 0.1
 
-Values = Mapping[str, Tensor]
-Sampler = Callable[[int], tuple[Tensor, Tensor]]
+Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,19 @@ class Job:
     """Decay of the running average of the critic's weights that is evaluated; 0 takes the last."""
     seed: int = 0
     """Decides weights and samples."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("test_batches", 2), ("batch_size", 2), ("dim", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"staircase: {name} is {getattr(self, name)}, wanted {least} or more"
+                )
+        if not self.information or min(self.information) <= 0:
+            raise ValueError(
+                f"staircase: information is {self.information}, wanted one number > 0 per stair"
+            )
+        if not all(0 < tau < math.inf for tau in self.taus):
+            raise ValueError(f"staircase: taus is {self.taus}, wanted finite numbers > 0")
 
 
 class Estimate(NamedTuple):
@@ -93,23 +108,6 @@ class Critic(nn.Module):
         return self.z(x), self.h(y)
 
 
-def correlation(information: float, dim: int) -> float:
-    """Return the correlation in each of dim pairs whose information is so many nats in all."""
-    return math.sqrt(-math.expm1(-2 * information / dim))
-
-
-def sampler(shape: str, information: float, dim: int) -> Sampler:
-    """Return n -> x (n, dim) and y (n, dim), standard normal; y cubed where shape is "cubic"."""
-    rho = correlation(information, dim)
-
-    def draw(n: int) -> tuple[Tensor, Tensor]:
-        x, noise = torch.randn(2, n, dim)
-        y = rho * x + math.sqrt(1 - rho**2) * noise
-        return x, y**3 if shape == "cubic" else y
-
-    return draw
-
-
 def estimates(taus: Sequence[float]) -> dict[str, Estimate]:
     """Return what is shown, by name; several are values of one critic, trained by jsd."""
     clamped = {f"smile {t:g}": Estimate("jsd", partial(functional.smile, tau=t)) for t in taus}
@@ -134,7 +132,7 @@ def run(job: Job, folder: RunFolder, say: Say) -> Results:
             found[shape] |= folder.stage(stage, partial(_climb, job, shape, training, stage))
     shown = {shape: {name: found[shape][name] for name in estimates(job.taus)} for shape in SHAPES}
     return {
-        "correlations": [correlation(each, job.dim) for each in job.information],
+        "points": list(_points(job)),
         "stairs": shown,
         "judged": [_judged(job, shown["linear"], name) for name in _names_judged(job)],
     }
@@ -166,7 +164,7 @@ def figure(results: Results) -> Figure:
                 truth, [steps * i for i in range(len(truth) + 1)], color="0.2", label="true"
             )
             axes.axhline(limit, color="0.6", linestyle=":", label=f"log {settings['batch_size']}")
-            _draw(axes, stairs[shape][name], steps)
+            _draw(axes, results["points"], stairs[shape][name])
             axes.set_title(name, fontsize=10)
     for axes in panels[-1]:
         axes.set_xlabel("training step")
@@ -186,28 +184,43 @@ def _climb(job: Job, shape: str, training: str, stage: str) -> dict[str, Any]:
     found: dict[str, dict[str, list[Any]]] = {
         name: {"curve": [], "spread": [], "stairs": []} for name in wanted
     }
-    with one_thread(), seeded(job.seed, NAME, stage):
+    with one_thread(), seeded(job.seed, NAME, stage) as generator:
         critic = Critic(job.dim, job.width, job.units)
         averaged = copy.deepcopy(critic)
-        optimizer = Adam(critic.parameters(), lr=job.learning_rate, fused=True)
-        objective = _objective(training)
+        train = _trainer(critic, averaged, training, job)
         for information in job.information:
-            draw = sampler(shape, information, job.dim)
+            stair = distributions.staircase(information, job.dim, cubic=shape == "cubic")
+            fresh = partial(_batches, stair, job.batch_size, generator)
             for steps in _blocks(job.steps):
-                for x, y in _batches(draw, steps, job.batch_size):
-                    loss = -objective(*critic(x, y))
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                    optimizer.step()
-                    _average_(averaged, critic, job.averaging)
-                block = _evaluate(averaged, wanted, _batches(draw, BLOCK_BATCHES, job.batch_size))
+                train(fresh(steps))
+                block = _evaluate(averaged, wanted, fresh(BLOCK_BATCHES))
                 for name, values in block.items():
                     found[name]["curve"].append(round(float(values.mean()), 4))
                     found[name]["spread"].append(round(float(values.std()), 4))
-            tested = _evaluate(averaged, wanted, _batches(draw, job.test_batches, job.batch_size))
+            tested = _evaluate(averaged, wanted, fresh(job.test_batches))
             for name, values in tested.items():
                 found[name]["stairs"].append(summary(name, values, information, job.batch_size))
     return found
+
+
+def _trainer(
+    critic: Critic, averaged: Critic, training: str, job: Job
+) -> Callable[[Batches], None]:
+    """Return what takes a step of the critic, and of the average of its weights, per batch."""
+    objective: Callable[..., Tensor] = getattr(functional, training)
+    if training == "mine":
+        objective = partial(objective, ema_state=EMAState())
+    optimizer = Adam(critic.parameters(), lr=job.learning_rate, fused=True)
+
+    def train(batches: Batches) -> None:
+        for x, y in batches:
+            loss = -objective(*critic(x, y))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            _average_(averaged, critic, job.averaging)
+
+    return train
 
 
 @contextmanager
@@ -224,13 +237,6 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _objective(training: str) -> Callable[[Tensor, Tensor], Tensor]:
-    if training == "mine":
-        return partial(functional.mine, ema_state=EMAState())
-    chosen: Callable[[Tensor, Tensor], Tensor] = getattr(functional, training)
-    return chosen
-
-
 @torch.no_grad()
 def _average_(slow: nn.Module, fast: nn.Module, decay: float) -> None:
     for old, new in zip(slow.parameters(), fast.parameters(), strict=True):
@@ -243,18 +249,24 @@ def _blocks(count: int) -> Iterator[int]:
         yield min(BLOCK, count - start)
 
 
-def _batches(draw: Sampler, count: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _points(job: Job) -> Iterator[int]:
+    """Yield the training steps after which a point of the plot is taken."""
+    for stair in range(len(job.information)):
+        yield from (stair * job.steps + done for done in accumulate(_blocks(job.steps)))
+
+
+def _batches(task: Task, size: int, generator: torch.Generator, count: int) -> Batches:
     for block in _blocks(count):
-        x, y = draw(block * size)
-        yield from zip(x.split(size), y.split(size), strict=True)
+        x, y = task.draw(block * size, generator)
+        yield from zip(x.float().split(size), y.float().split(size), strict=True)
 
 
 @torch.no_grad()
 def _evaluate(
     critic: nn.Module,
     wanted: Mapping[str, Estimate],
-    batches: Iterator[tuple[Tensor, Tensor]],
-) -> Values:
+    batches: Batches,
+) -> dict[str, Tensor]:
     """Return each estimate's values of the batches, float64."""
     values: dict[str, list[Tensor]] = {name: [] for name in wanted}
     for x, y in batches:
@@ -351,13 +363,7 @@ def _paragraph(results: Results) -> str:
     )
 
 
-def _draw(axes: Any, found: Mapping[str, Any], steps: int) -> None:
+def _draw(axes: Any, points: Sequence[int], found: Mapping[str, Any]) -> None:
     curve, spread = torch.tensor(found["curve"]), torch.tensor(found["spread"])
-    per_stair = len(curve) // len(found["stairs"])
-    ends = [
-        steps * stair + min((block + 1) * BLOCK, steps)
-        for stair in range(len(found["stairs"]))
-        for block in range(per_stair)
-    ]
-    axes.fill_between(ends, curve - spread, curve + spread, color="C0", alpha=0.25, linewidth=0)
-    axes.plot(ends, curve, color="C0", linewidth=1)
+    axes.fill_between(points, curve - spread, curve + spread, color="C0", alpha=0.25, linewidth=0)
+    axes.plot(points, curve, color="C0", linewidth=1)
