@@ -319,16 +319,16 @@ def test_rounding_leaves_no_point_on_the_wrong_side() -> None:
 
 
 def test_the_attack_object_is_the_function() -> None:
-    x, _ = standard(1.0).sample(100)
+    x, w = torch.randn(100, 2), [1.0, -0.5]
 
     def unused(x: Tensor) -> Tensor:
         raise AssertionError("the exact attack needs no loss")
 
-    attack = WorstCaseTransport(w=[1.0], eps=0.7, p=2, side=-1)
-    wanted = worst_case_transport(x, [1.0], eps=0.7, p=2, side=-1)
+    attack = WorstCaseTransport(w=w, eps=0.7, p=2, side=-1)
+    wanted = worst_case_transport(x, w, eps=0.7, p=2, side=-1)
     assert torch.equal(attack.attack(unused, x, generator=torch.Generator()), wanted)
     assert not torch.equal(wanted, x)
-    assert not torch.equal(WorstCaseTransport(w=[1.0], eps=0.7, side=1).attack(unused, x), wanted)
+    assert not torch.equal(WorstCaseTransport(w=w, eps=0.7, side=1).attack(unused, x), wanted)
 
 
 MIXTURE = standard(1.0)
