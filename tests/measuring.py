@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from wcmi_fast import CriticConfig, Report, representation_vulnerability
 
 SHAPE = (1, 8, 8)
-SMALL = CriticConfig(units=8, epochs=2, batch_size=20, learning_rate=1e-2)
+SMALL = CriticConfig(units=8, epochs=1, batch_size=20, learning_rate=1e-2)
 
 
 def images(n: int, seed: int = 0) -> Tensor:
@@ -36,7 +36,7 @@ def linear(outputs: int = 4) -> nn.Module:
 def measured(model: nn.Module | None = None, data: Any = None, **options: Any) -> Report:
     """Measure a small model with few images, steps and trials."""
     small = {"eps": 0.1, "steps": 2, "trials": 1, "critic": SMALL, "progress": False}
-    pair = (images(80, 0), images(80, 1))
+    pair = (images(40, 0), images(40, 1))
     return representation_vulnerability(
         linear() if model is None else model, pair if data is None else data, **(small | options)
     )

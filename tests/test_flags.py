@@ -270,7 +270,7 @@ def loader(n: int, batch: int) -> DataLoader[tuple[Tensor, ...]]:
     return DataLoader(TensorDataset(images(n)), batch_size=batch)
 
 
-LONG = replace(SMALL, epochs=12)
+LONG = replace(SMALL, epochs=10)
 VECTORS = torch.randn(160, 2, generator=torch.Generator().manual_seed(0))
 MANY = torch.randn(160, 8, generator=torch.Generator().manual_seed(0))
 BRIGHT, LABELS = labelled(400, classes=10)
@@ -303,7 +303,7 @@ PLANTED: list[tuple[str, Callable[[], Any]]] = [
         lambda: measured(with_norm(track_running_stats=False).eval()),
     ),
     ("unequal_batches", lambda: measured(data=loader(80, 30))),
-    ("dropped_images", lambda: measured(data=(images(80), images(85, 1)))),
+    ("dropped_images", lambda: measured(data=(images(40), images(45, 1)))),
     ("few_samples", measured),
     ("one_trial", measured),
     (
@@ -320,8 +320,11 @@ PLANTED: list[tuple[str, Callable[[], Any]]] = [
         "critic_gap",
         lambda: measured(nn.Identity(), (MANY[:20], MANY[60:]), critic=replace(SMALL, epochs=25)),
     ),
-    ("collapsed_critic", lambda: measured(data=(images(1).expand(80, 1, 8, 8),) * 2)),
-    ("undertrained_critic", lambda: measured(nn.Identity(), (VECTORS, VECTORS[:100]))),
+    ("collapsed_critic", lambda: measured(data=(images(1).expand(40, 1, 8, 8),) * 2)),
+    (
+        "undertrained_critic",
+        lambda: measured(nn.Identity(), (VECTORS, VECTORS[:40]), critic=replace(SMALL, epochs=2)),
+    ),
     ("negative", lambda: measured(critic=replace(SMALL, units=64, learning_rate=1.0))),
     ("early_critic", lambda: measured(critic=replace(SMALL, epochs=4, learning_rate=30.0))),
     (

@@ -37,10 +37,11 @@ class Representation(nn.Module):
         super().__init__()
         self.model, self.layer = model, layer
         self.keep_layers = layer is not None
-        if layer is not None and layer not in _names(model):
-            close = difflib.get_close_matches(layer, _names(model), n=3, cutoff=0.3)
-            hint = f"did you mean {', '.join(map(repr, close))}?" if close else "it has none"
-            raise ValueError(f"layer is {layer!r}, wanted a submodule of the model; {hint}")
+        names = _names(model)
+        if layer is not None and layer not in names:
+            close = difflib.get_close_matches(layer, names, n=3, cutoff=0.3) or names[:6]
+            hint = f", such as {', '.join(map(repr, close))}" if close else "; it has none"
+            raise ValueError(f"layer is {layer!r}, wanted a submodule of the model{hint}")
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images to the representation (N, D), float32.
@@ -102,6 +103,8 @@ def _folds(representation: nn.Module, like: Tensor) -> bool:
     try:
         wanted, found = representation(like), folded(representation)(like)
     except Exception:  # whatever a user's model may raise: what it means is said where it is run
+        return False
+    if found.shape != wanted.shape:
         return False
     return torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
