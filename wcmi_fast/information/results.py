@@ -90,12 +90,12 @@ class Estimate:
         return Estimate.of([[a - b for a, b in zip(*rows, strict=True)] for rows in pairs])
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return what strict JSON can hold."""
     if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -245,8 +245,8 @@ class Report:
         found["evidence"] = {
             term: [asdict(each) for each in seen] for term, seen in self.evidence.items()
         }
-        plain: dict[str, Any] = _plain(found)
-        return plain
+        strict: dict[str, Any] = plain(found)
+        return strict
 
     def __rich__(self) -> RenderableType:
         """Return the tables that a terminal shows."""
