@@ -149,20 +149,21 @@ def test_a_wrong_estimator_shows_in_its_bias(
 def test_an_interrupted_climb_goes_on_to_the_same_numbers(
     results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(job: Any, shape: str, training: str, stage: str) -> dict[str, Any]:
-        if (shape, training) == ("cubic", "jsd"):
+    def recorded(job: Any, shape: str, training: str, stage: str) -> dict[str, Any]:
+        if stage == breaks_at:
             raise KeyboardInterrupt
         climbed.append(stage)
         return right(job, shape, training, stage)
 
     climbed: list[str] = []
     right = staircase._climb
-    with monkeypatch.context() as patched:
-        patched.setattr(staircase, "_climb", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            climb(tmp_path)
-    assert climbed[-1] == "cubic-mine"
+    monkeypatch.setattr(staircase, "_climb", recorded)
+    breaks_at = "cubic-jsd"
+    with pytest.raises(KeyboardInterrupt):
+        climb(tmp_path)
+    breaks_at = ""
     assert climb(tmp_path) == results
+    assert len(climbed) == len(set(climbed)) == 10
 
 
 def test_the_seed_decides_the_numbers() -> None:
@@ -173,18 +174,23 @@ def test_the_seed_decides_the_numbers() -> None:
     assert one["dv"]["stairs"][0]["mean"] != other["dv"]["stairs"][0]["mean"]
 
 
-def test_numbers_do_not_depend_on_the_threads() -> None:
-    job = replace(TINY, information=(2.0,), steps=5, test_batches=2, batch_size=128, width=256)
-    before = torch.get_num_threads()
-    found = []
+@pytest.mark.parametrize("shape", staircase.SHAPES)
+def test_every_stair_is_climbed_on_one_thread(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def recorded(information: float, dim: int, *, cubic: bool) -> distributions.Task:
+        seen.append((information, dim, cubic, torch.get_num_threads()))
+        return right(information, dim, cubic=cubic)
+
+    seen: list[tuple[float, int, bool, int]] = []
+    right, before = distributions.staircase, torch.get_num_threads()
+    monkeypatch.setattr(distributions, "staircase", recorded)
     try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            found.append(staircase._climb(job, "linear", "dv", "test"))
-            assert torch.get_num_threads() == threads
+        torch.set_num_threads(2)
+        staircase._climb(replace(TINY, steps=1, test_batches=2), shape, "dv", "test")
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert found[0] == found[1]
+    cubic = shape == "cubic"
+    assert seen == [(2.0, 20, cubic, 1), (6.0, 20, cubic, 1)]
 
 
 def test_weights_are_averaged() -> None:
