@@ -375,7 +375,7 @@ def _check_fit(
         if listed
     ]
     if faults:
-        hint = "" if missing or left_over else _hint(other, state, wanted)
+        hint = _hint(other, state, wanted)
         raise ValueError(f"{owner}: {path} does not fit {name}: {', and '.join(faults)}{hint}")
 
 
