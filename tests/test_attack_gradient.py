@@ -18,6 +18,7 @@ from wcmi_fast.experiments.classifiers import KINDS, Classifiers
 from wcmi_fast.experiments.reproduction import as_text, reproduce
 from wcmi_fast.information import Estimate
 from wcmi_fast.information.critic import Evaluation, TrainedCritic
+from wcmi_fast.training.run_folder import RunFolder
 
 TINY = Job(
     steps=(8, 1),
@@ -157,9 +158,9 @@ def test_the_paragraph_says_what_the_results_say() -> None:
     text = module.paragraph(results)
     assert text.startswith("Attacks of 5 steps from the clean images. Standard model: ")
     assert (
-        "on the critic trained for full, encoder_only finds 50 % of the drop that full finds (RV "
+        "on the critic trained for full, encoder_only finds 50.0 % of the drop that full finds (RV "
         "0.500 and 1.000 nats; missed 0.500 (0.500 to 0.500)); on the critic trained for "
-        "encoder_only, 5 % of the drop that full finds (RV 0.200 and 4.000 nats; missed 3.800"
+        "encoder_only, 5.0 % of the drop that full finds (RV 0.200 and 4.000 nats; missed 3.800"
     ) in text
     assert (
         "as the authors' code has it, RV is 0.200 nats; with full in both, as printed, 1.000: a "
@@ -191,6 +192,7 @@ class Fakes:
         if attack is not None:
             assert start == ("normal", options["stage"].rsplit("-", 1)[0])
             assert attack.steps * attack.step_size == pytest.approx(2.5 * attack.eps)
+            assert options["run"].path.name == f"critics-{config.critic_grad}"
         self.trained.append(f"{options['stage']} {config.critic_grad}")
         stage = options["stage"].rsplit("-", 1)[0]
         name = "normal" if attack is None else config.critic_grad
@@ -230,7 +232,7 @@ def test_each_row_is_of_its_critic_and_attack(
     fakes = Fakes()
     patch(monkeypatch, fakes)
     job = replace(TINY, classifiers=data_of(tmp_path))
-    results = reproduce(module, job, tmp_path / "run", print)
+    results = module.run(job, RunFolder(tmp_path / "run"), print)
     for row in results["rows"]:
         marks = (row["trained"] == "full") + 2 * (row["tested"] == "full") + 4 * row["random_start"]
         first = 1000.0 * KINDS.index(row["model"]) + marks + 10 * row["steps"]
@@ -247,7 +249,7 @@ def test_each_row_is_of_its_critic_and_attack(
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = replace(TINY, classifiers=data_of(tmp_path), trials=1, steps=(1,))
     with_models(monkeypatch, nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))
-    whole = reproduce(module, job, tmp_path / "whole", print)
+    whole = module.run(job, RunFolder(tmp_path / "whole"), print)
     evaluate, done = module.evaluate_critic, []
 
     def interrupted(*args: Any, **options: Any) -> Evaluation:
@@ -258,11 +260,11 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(module, "evaluate_critic", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        reproduce(module, job, tmp_path / "cut", print)
+        module.run(job, RunFolder(tmp_path / "cut"), print)
     monkeypatch.setattr(module, "evaluate_critic", evaluate)
     stages = {file.name: file.read_bytes() for file in (tmp_path / "cut/stages").iterdir()}
     assert len(stages) == 11
-    assert reproduce(module, job, tmp_path / "cut", print) == whole
+    assert module.run(job, RunFolder(tmp_path / "cut"), print) == whole
     for name, content in stages.items():
         assert (tmp_path / "cut/stages" / name).read_bytes() == content
 
@@ -271,10 +273,10 @@ def test_a_finished_run_trains_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     job = replace(TINY, classifiers=data_of(tmp_path))
     fakes = Fakes()
     patch(monkeypatch, fakes)
-    whole = reproduce(module, job, tmp_path / "run", print)
+    whole = module.run(job, RunFolder(tmp_path / "run"), print)
     again = Fakes()
     patch(monkeypatch, again)
-    assert reproduce(module, job, tmp_path / "run", print) == whole
+    assert module.run(job, RunFolder(tmp_path / "run"), print) == whole
     assert not again.trained
     assert not again.attacks
 

@@ -308,7 +308,7 @@ def _of_model(results: Results, kind: str, steps: int) -> str:
 def _share(missed: Mapping[str, Any]) -> str:
     if missed["share"] is None:
         return "no share of the drop, because full finds no drop"
-    return f"{100 * missed['share']:.0f} % of the drop that full finds"
+    return f"{100 * missed['share']:.1f} % of the drop that full finds"
 
 
 def _found(rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
-from itertools import product
+from itertools import chain, product
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -117,7 +118,7 @@ def run(job: Job, folder: RunFolder, say: Say) -> Results:
         rows.append(case._asdict() | row([critics.trial(trial) for trial in range(job.trials)]))
     sizes = sorted(job.batch_sizes)
     whole = [_whole(rows, kind, size) for kind, size in product(KINDS, sizes)]
-    return {"offsets": list(job.offsets), "rows": rows, "whole": whole}
+    return {"offsets": sorted(job.offsets), "rows": rows, "whole": whole}
 
 
 class _Critics:
@@ -153,7 +154,7 @@ class _Critics:
     def _clean(self, trial: int) -> Mapping[str, Any]:
         critic = self._normal(trial)
         normalisers, shifted = profile(
-            self._model, critic, self._x_test, self._config, self._job.offsets
+            self._model, critic, self._x_test, self._config, sorted(self._job.offsets)
         )
         return self._both(critic, self._x_test) | {
             "log_normaliser": normalisers,
@@ -289,7 +290,7 @@ def _plain(terms: Mapping[str, Estimate]) -> dict[str, Any]:
 
 def _changes(trials: Sequence[Mapping[str, Any]], base: Estimate, bound: str) -> list[float]:
     by_offset = zip(*(trial["information"]["shifted"][bound] for trial in trials), strict=True)
-    return [Estimate.of(values).mean - base.mean for values in by_offset]
+    return [fmean(chain.from_iterable(values)) - base.mean for values in by_offset]
 
 
 def _whole(rows: Sequence[Mapping[str, Any]], kind: str, size: int) -> dict[str, Any]:
@@ -398,7 +399,7 @@ def _of_training(results: Results) -> str:
     dv = _of(results["rows"], worst["model"], worst["batch_size"], "dv")
     rv = dv["values"]["dv"]["vulnerability"]["mean"]
     means = [
-        _mean([r["log_normaliser"]["mean"] for r in results["rows"] if r["trained"] == bound])
+        fmean(r["log_normaliser"]["mean"] for r in results["rows"] if r["trained"] == bound)
         for bound in BOUNDS
     ]
     return (
@@ -423,10 +424,6 @@ def _of_offsets(results: Results) -> str:
         f"{min(offsets):g}, and by at most {max(abs(c[high]) for c in authors):.4f} at "
         f"{max(offsets):g}."
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _excludes_0(estimate: Mapping[str, Any]) -> bool:
