@@ -12,7 +12,7 @@ from wcmi_fast.information.results import Report
 from wcmi_fast.information.vulnerability import model_information
 
 if TYPE_CHECKING:
-    from wcmi_fast.information.samples import SampleReport
+    from wcmi_fast.information.sample_report import SampleReport
 
 Sample = Tensor | np.ndarray[Any, Any]
 

@@ -155,10 +155,10 @@ def settings_of(setting: Setting) -> dict[str, Any]:
     return {
         "measured": job.owner,
         "model": type(job.model).__name__,
-        "model_sha256": _digest(setting.encoder.state_dict().values()),
+        "model_sha256": digest_of(setting.encoder.state_dict().values()),
         "layer": job.layer,
         "data": setting.found.name,
-        "data_sha256": _digest((setting.found.x_train, setting.found.x_test)),
+        "data_sha256": digest_of((setting.found.x_train, setting.found.x_test)),
         "train_images": len(setting.x_train),
         "test_images": len(setting.x_test),
         **_attack_settings(setting),
@@ -184,7 +184,7 @@ def _attack_settings(setting: Setting) -> dict[str, Any]:
     return found
 
 
-def _digest(tensors: Iterable[object]) -> str:
+def digest_of(tensors: Iterable[object]) -> str:
     """Return the first digits of a hash of tensors' values; a module's extra state is none."""
     digest = hashlib.sha256()
     for tensor in tensors:
