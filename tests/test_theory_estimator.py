@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wcmi_fast import PGD, reference
-from wcmi_fast.information import CriticConfig, attack_information, evaluate_critic
-from wcmi_fast.information.vulnerability import representation_vulnerability
+from wcmi_fast import PGD, CriticConfig, reference, representation_vulnerability
+from wcmi_fast.information import attack_information, evaluate_critic
 from wcmi_fast.models.folding import folded
 from wcmi_fast.theory import GaussianMixture, WorstCaseTransport, binary_entropy
 from wcmi_fast.theory.transport import Side
