@@ -131,7 +131,9 @@ def test_images_are_drawn_in_random_order_with_their_labels() -> None:
     assert one.y_test is not None
     assert one.y_test.tolist() == [i % 4 for i in test]
     assert one.y_train is not None
-    assert one.y_train.tolist() == [i % 4 for i in numbers(one.x_train, 40)]
+    train = numbers(one.x_train, 40)
+    assert one.y_train.tolist() == [i % 4 for i in train]
+    assert train != sorted(train)
     assert torch.equal(one.x_test, same.x_test)
     assert not torch.equal(one.x_test, other.x_test)
     assert sorted(numbers(found.drawn(None, None, 0).x_test, 40)) == list(range(40))
