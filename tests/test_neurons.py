@@ -124,15 +124,71 @@ def test_an_attack_lowers_each_neuron_and_leaves_what_is_outside_the_image(
     assert not torch.equal(change[0], change[1])
 
 
-def test_an_attack_that_moves_everything_does_not_move_the_padding() -> None:
+def test_encoder_only_does_not_see_what_the_critic_sees() -> None:
+    functions = PatchNeurons(planted(), "0", SHAPE)
+    where = torch.arange(functions.locations)
+    patches = functions.patches(images(len(where), *SHAPE), where)[None]
+    critics = PatchCritics(torch.arange(2), 16, 8)
+    attack = PGD(eps=0.05, step_size=0.05, steps=1)
+    moved = {
+        grad: neuron_critics._attacked(functions, critics, patches, where, attack, grad) - patches
+        for grad in ("full", "encoder_only")
+    }
+    assert (moved["encoder_only"][0] == 0).all()  # the neuron that ignores its patch
+    assert (moved["encoder_only"][1] != 0).double().mean() > 0.9
+    assert (moved["full"][0] != 0).double().mean() > 0.5
+
+
+def trained(attack: Any, data: Feed) -> tuple[PatchNeurons, PatchCritics]:
+    functions = PatchNeurons(planted(), "0", SHAPE)
+    config = replace(SMALL, epochs=4, learning_rate=0.1)
+    critics = neuron_critics.train_neuron_critics(
+        functions, torch.arange(3), data, config, attack=attack, seed=0, stage="critics"
+    )
+    return functions, critics
+
+
+def test_worst_case_critics_are_trained_on_attacked_patches() -> None:
+    attack = PGD(eps=0.05, step_size=0.03, steps=3)
+    means = []
+    for training in (None, attack):
+        functions, critics = trained(training, Feed(bright_images(200, 0), "cpu"))
+        tested = neuron_critics.evaluate_neuron_critics(
+            functions, critics, Feed(bright_images(100, 1), "cpu"), SMALL, attack=attack, seed=0
+        )
+        means.append(tested.mean(0)[2].item())
+    assert means[1] > means[0] + 0.2
+
+
+def test_both_terms_are_tested_on_the_same_patches() -> None:
+    functions, critics = trained(None, Feed(bright_images(40, 0), "cpu"))
+    attacks = (None, PGD(eps=0.0, step_size=1.0, steps=1))
+    clean, still = (
+        neuron_critics.evaluate_neuron_critics(
+            functions, critics, Feed(bright_images(60, 1), "cpu"), SMALL, attack=each, seed=0
+        )
+        for each in attacks
+    )
+    assert clean.shape == (3, 3)
+    assert torch.allclose(clean, still, atol=1e-5)
+    assert not torch.allclose(clean[0, 1], clean[1, 1], atol=1e-3)
+
+
+def test_an_attack_neither_sees_nor_moves_the_padding() -> None:
+    losses = []
+
     class Everywhere:
         def attack(self, loss_fn: Any, x: Tensor, **options: Any) -> Tensor:
+            outside = (x == 0).all(0)  # the images have no pixel of 0
+            losses.append((loss_fn(x), loss_fn(x + 0.5 * outside)))
             return x + 0.5
 
     functions, change, *_ = attacked(Everywhere())
     inside = functions.inside(torch.arange(functions.locations)).bool().expand_as(change)
     assert (change[~inside] == 0).all()
     assert torch.allclose(change[inside], torch.tensor(0.5))
+    assert len(losses) == 2
+    assert all(torch.equal(*pair) for pair in losses)
 
 
 def test_the_critic_of_each_neurons_best_batch_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

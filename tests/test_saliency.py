@@ -208,12 +208,21 @@ def test_its_maps_and_numbers_are_those_of_the_models(
     drawn: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, results = drawn
-    monkeypatch.setattr(experiment, "saliency", lambda encoder, critic, x, **options: x - 0.25)
+    representations = []
+
+    def seen(encoder: nn.Module, critic: Critic, x: Tensor, **options: Any) -> Tensor:
+        representations.append(encoder(x))
+        return x - 0.25
+
+    monkeypatch.setattr(experiment, "saliency", seen)
     settings = classifiers.Classifiers(data=str(folder / "tiny.npz"), epochs=1, steps=1)
     monkeypatch.setattr(classifiers, "BATCH", 40)
-    job = experiment.Job(classifiers=settings, features=(), batch_size=13, epochs=1)
+    job = experiment.Job(classifiers=settings, features=(1,), batch_size=13, epochs=1)
     found = reproduce(experiment, job, tmp_path / "run", print)["maps"]["robust"]["representation"]
     assert np.allclose(found["maps"], np.array(results["images"]) - 0.25, atol=1e-3)
+    # Three batches each: two models' logits, then logit 1 of both.
+    logits, features = representations[:6], representations[6:]
+    assert all(torch.allclose(a[:, 1:2], b) for a, b in zip(logits, features, strict=True))
     x = torch.from_numpy(np.load(folder / "tiny.npz")["x_test"])[:39, None].float() / 255
     shares = object_share(x - 0.25, x)
     assert found["share"] == pytest.approx(shares.mean().item(), rel=1e-5)

@@ -41,8 +41,7 @@ class Job:
     images: int = 6
     """Test images that are drawn, of different classes."""
     critic_grad: CriticGrad = "encoder_only"
-    """Differentiate the encoder's side alone, as the authors' code does, which shows what the
-    representation sees; or both, "full", which adds what the critic sees of the images."""
+    """Differentiate the encoder's side alone, as the authors do, or the critic's image side too."""
     epochs: int = 4
     """Passes of a critic over its training images."""
     batch_size: int = 100

@@ -48,7 +48,7 @@ def saliency(
     if bound not in BOUNDS:
         raise ValueError(f"saliency: bound is {bound!r}, wanted one of {tuple(BOUNDS)}")
     modules = (encoder, *critic.modules().values())
-    with frozen(modules), torch.inference_mode(False), torch.enable_grad():
+    with frozen(modules), torch.inference_mode(False):  # which turns gradients on, too
         point = x.detach().clone().requires_grad_()
         function = batch_bound(CriticConfig(bound=bound, critic_grad=critic_grad), None)
         loss = information_loss(encoder, critic, function, critic_grad)(point)
