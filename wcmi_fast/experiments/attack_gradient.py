@@ -374,6 +374,9 @@ def _curve(
         color=colour,
         linestyle="-" if start == "clean" else "--",
         marker="o" if start == "clean" else "s",
+        # Open and larger, because the two starts often lie on each other.
+        markersize=5 if start == "clean" else 10,
+        fillstyle="full" if start == "clean" else "none",
         capsize=3,
         label=f"{tested}, {start} start",
     )
