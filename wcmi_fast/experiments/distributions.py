@@ -136,7 +136,8 @@ def half_cube(v: Tensor) -> Tensor:
 
 def normal_cdf(v: Tensor) -> Tensor:
     """Map every component to its normal probability, uniform in (0, 1)."""
-    return torch.special.ndtr(v)
+    found: Tensor = torch.special.ndtr(v)
+    return found
 
 
 def spiral(v: Tensor, plane: tuple[int, int], speed: float) -> Tensor:
