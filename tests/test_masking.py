@@ -374,7 +374,9 @@ def planted() -> dict[str, Any]:
                 "batch_size": size,
                 "trained": trained,
                 "slip": slip,
-                "values": {"dv": {"vulnerability": estimate(factor, 0.5)}},
+                "values": {
+                    "dv": {"vulnerability": estimate(3.0 / factor if factor < 4 else -1, 0.5)}
+                },
                 "log_normaliser": estimate(factor, 0.5),
                 "shifted": {
                     "dv": [1e-6 * factor, 0.0, -3e-6],
@@ -395,12 +397,13 @@ def test_the_paragraph_says_what_the_results_say() -> None:
     text = module.paragraph(planted())
     assert text.startswith(
         "The same trained critics evaluated with and without the slip differ at batches of 16 by "
-        "at most 0.0800 nats in I, 0.0400 in worst-case I and 0.0200 in RV, and at batches of 512 "
-        "by at most 0.0025 nats in I, 0.0013 in worst-case I and 0.0006 in RV."
+        "at most 0.0800 nats in I, 0.0400 in worst-case I and 0.0200 in RV (1.5 % of it, at most), "
+        "and at batches of 512 by at most 0.0025 nats in I, 0.0013 in worst-case I and 0.0006 in "
+        "RV (0.0 % of it, at most)."
     )
     assert (
         "RV changes most in the robust model at batches of 16: by -0.500 (-0.700, -0.300) nats of "
-        "2.000; 2 of 4 such intervals exclude 0."
+        "1.500; 2 of 4 such intervals exclude 0."
     ) in text
     assert "is exp(1.50) for critics trained with dv and exp(3.50) for those" in text
     assert (

@@ -379,6 +379,7 @@ def _of_slips(results: Results) -> str:
     parts = [
         f"at batches of {size} by at most {found['information']:.4f} nats in I, "
         f"{found['worst_case']:.4f} in worst-case I and {found['vulnerability']:.4f} in RV"
+        f"{_share(results, size)}"
         for size, found in slips.items()
     ]
     return (
@@ -391,6 +392,15 @@ def _largest(results: Results, size: int, term: str) -> float:
     rows = [each for each in results["rows"] if each["batch_size"] == size]
     slips: list[float] = [each["slip"][term]["mean"] for each in rows]
     return max(map(abs, slips))
+
+
+def _share(results: Results, size: int) -> str:
+    """Return in words how large a part of RV the slip in RV is at most."""
+    rows = [each for each in results["rows"] if each["batch_size"] == size]
+    pairs = [(each["slip"], each["values"]["dv"]) for each in rows]
+    found = [(slip["vulnerability"]["mean"], dv["vulnerability"]["mean"]) for slip, dv in pairs]
+    shares = [abs(slip) / rv for slip, rv in found if rv > 0]
+    return f" ({100 * max(shares):.1f} % of it, at most)" if shares else ""
 
 
 def _of_training(results: Results) -> str:
@@ -499,9 +509,9 @@ def _finish(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     sizes = sorted({each["batch_size"] for each in rows})
     axes.set_xscale("log")
     axes.set_xticks(sizes, labels=map(str, sizes))
-    axes.minorticks_off()
+    axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.set_xlabel("batch size N")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="x-small", framealpha=0.5)
 
 
 def _offsets_panel(
