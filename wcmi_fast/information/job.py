@@ -286,7 +286,8 @@ def _planned(setting: Setting, minutes: float) -> Plan:
     )
     if run is not None:
         write_file(run.path / PLAN, json.dumps(asdict(planned), indent=1) + "\n")
-    setting.job.say(str(planned))
+    excess = ", more than the budget: nothing smaller says anything"
+    setting.job.say(f"{planned}{excess if planned.seconds > 60 * minutes else ''}")
     return planned
 
 

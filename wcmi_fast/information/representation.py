@@ -26,8 +26,8 @@ class Representation(nn.Module):
         layer: a submodule's name as in ``model.named_modules()``; None for the model's output.
 
     Attributes:
-        keep_layers: whether `folded` must leave the model's layers as they are; it would change
-            what a layer's name stands for.
+        keep_layers: whether `folded` must leave the model's layers as they are, because it would
+            change what a layer's name stands for, or the values.
 
     Raises:
         ValueError: the model has no submodule of that name.
@@ -36,7 +36,7 @@ class Representation(nn.Module):
     def __init__(self, model: nn.Module, layer: str | None) -> None:
         super().__init__()
         self.model, self.layer = model, layer
-        self.keep_layers = layer is not None
+        self.keep_layers = False
         names = _names(model)
         if layer is not None and layer not in names:
             close = difflib.get_close_matches(layer, names, n=3, cutoff=0.3) or names[:6]
