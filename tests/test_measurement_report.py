@@ -225,6 +225,13 @@ def test_the_figure_of_a_plain_estimate_has_no_path() -> None:
     assert len(plain.plot().axes) == 2
 
 
+def test_one_epoch_has_one_tick() -> None:
+    short = replace(EVIDENCE, curve=(0.5,))
+    axes = report(evidence={"information": (short,)}).plot().axes[-1]
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
+
+
 def test_the_picture_is_that_of_the_figure(tmp_path: Path) -> None:
     report().save(tmp_path)
     pixels = imread(tmp_path / "report.png")

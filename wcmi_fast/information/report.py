@@ -251,6 +251,8 @@ def _plot_curves(axes: Axes, evidence: Mapping[str, Sequence[Evidence]]) -> None
             label = NAMES[term] if trial == 0 else None
             epochs = range(1, len(each.curve) + 1)
             axes.plot(epochs, each.curve, "o-", color=COLOURS[term], label=label, markersize=3)
+    last = max(len(each.curve) for seen in evidence.values() for each in seen)
+    axes.set_xlim(0.8, last + 0.2)
     axes.set(xlabel="epoch", ylabel="nats", title="Training batches of each critic")
     _whole_numbers(axes)
     axes.legend()
@@ -259,7 +261,7 @@ def _plot_curves(axes: Axes, evidence: Mapping[str, Sequence[Evidence]]) -> None
 def _whole_numbers(axes: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _page(report: Report, picture: bytes) -> str:
