@@ -10,6 +10,7 @@ import torch
 import wcmi_fast
 from wcmi_fast import cli, diagnosis
 from wcmi_fast.backends import cpu, registry
+from wcmi_fast.commands.quickstart import QuickstartCommand
 from wcmi_fast.experiments import quickstart
 
 
@@ -77,6 +78,6 @@ def test_an_output_folder_that_cannot_be_made(
 
 
 def test_the_defaults_of_the_command_are_those_of_the_job() -> None:
-    command, job = cli.QuickstartCommand(), quickstart.Quickstart()
+    command, job = QuickstartCommand(), quickstart.Quickstart()
     for field in ("seed", "eps", "budget", "device"):
         assert getattr(command, field) == getattr(job, field)

@@ -84,7 +84,7 @@ def test_a_name_gets_the_weights_of_its_checkpoint(place: Path) -> None:
     Path("found").rename("first")
     second = measured("--model", "baseline_h", "--checkpoint", "other.safetensors")
     assert first["settings"]["model_sha256"] != second["settings"]["model_sha256"]
-    assert first["natural_accuracy"] != second["natural_accuracy"]
+    assert first["information"]["mean"] != second["information"]["mean"]
 
 
 def test_a_layer_is_measured(place: Path) -> None:
