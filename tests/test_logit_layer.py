@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from wcmi_fast.attacks import PGD
 from wcmi_fast.experiments import logit_layer
 from wcmi_fast.experiments.logit_layer import logit_layer_study
 from wcmi_fast.experiments.reproduction import as_text, reproduce
@@ -19,6 +20,7 @@ from wcmi_fast.information.critic import CriticConfig
 from wcmi_fast.information.results import Report
 from wcmi_fast.models import load
 from wcmi_fast.theory import adversarial_accuracy_upper_bound
+from wcmi_fast.training.config import ClassifierConfig
 from wcmi_fast.training.run_folder import RunFolder
 
 TINY = {
@@ -98,6 +100,22 @@ def test_trained_networks_differ_and_can_be_loaded(found: tuple[Path, dict[str, 
         assert share == pytest.approx(results["models"][name]["natural_accuracy"])
         weights.append(model.output.weight)
     assert not torch.equal(*weights)
+
+
+def test_only_robust_networks_are_trained_under_attack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attacks: list[PGD | None] = []
+
+    def train(config: ClassifierConfig, model: nn.Module, *args: Any, **options: Any) -> nn.Module:
+        attacks.append(config.attack)
+        return model
+
+    monkeypatch.setattr(logit_layer, "train_classifier", train)
+    monkeypatch.setattr(logit_layer, "logit_layer_study", lambda *args, **options: {})
+    job = logit_layer.Job(data=str(tiny(tmp_path)), **{**TINY, "train_steps": 5})
+    logit_layer.run(job, RunFolder(tmp_path / "run"), print)
+    assert attacks == [None, PGD(eps=0.1, step_size=0.05, steps=5, random_start=True)]
 
 
 def test_a_finished_run_trains_nothing_again(
@@ -180,8 +198,10 @@ def test_the_correlation_is_that_of_vulnerability_and_gap() -> None:
 def test_too_few_or_equal_models_have_no_correlation() -> None:
     few = dict(list(PAPER.items())[:2])
     assert rows(**few)["correlation"] is None
-    same = dict.fromkeys(("a", "b", "c"), PAPER["ResNet_standard"])
-    assert rows(**same)["correlation"] is None
+    gaps = [(1.0, 0.1 * i, 0.75, 0.5) for i in range(3)]
+    vulnerabilities = [(1.0, 0.5, 0.75, 0.1 * i) for i in range(3)]
+    for equal in (gaps, vulnerabilities):
+        assert rows(**dict(zip("abc", equal, strict=True)))["correlation"] is None
     assert "correlation" not in as_text(logit_layer.tables(rows(**few)))
 
 
@@ -194,7 +214,8 @@ def test_the_table_shows_numbers_and_what_follows() -> None:
     pearson = results["correlation"]["pearson"]
     assert f"correlation of {pearson:.2f} (of ranks: 1.00)" in text
     assert "measured adversarial accuracy for 4 of 4 models." in text
-    assert "near_log_n" in text
+    assert "Flags of BaselineH standard (docs/measuring.md): none." in text
+    assert "Flags of ResNet eps_8/255 (docs/measuring.md): near_log_n." in text
     assert "estimates and not certificates" in text
 
 
