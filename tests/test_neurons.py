@@ -152,12 +152,12 @@ def test_worst_case_critics_are_trained_on_attacked_patches() -> None:
     attack = PGD(eps=0.05, step_size=0.03, steps=3)
     means = []
     for training in (None, attack):
-        functions, critics = trained(training, Feed(bright_images(200, 0), "cpu"))
+        functions, critics = trained(training, Feed(bright_images(100, 0), "cpu"))
         tested = neuron_critics.evaluate_neuron_critics(
             functions, critics, Feed(bright_images(100, 1), "cpu"), SMALL, attack=attack, seed=0
         )
         means.append(tested.mean(0)[2].item())
-    assert means[1] > means[0] + 0.2
+    assert means[1] > means[0] + 0.1
 
 
 def test_both_terms_are_tested_on_the_same_patches() -> None:

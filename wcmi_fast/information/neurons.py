@@ -163,7 +163,7 @@ def neuron_information(
         T = z[:, None] * h(x)[None]; off = ~torch.eye(N, dtype=torch.bool)
         T.diagonal().mean() - T[off].logsumexp(0) + math.log(N * (N - 1))
 
-    Source: Zhu et al. 2020, section 5 (figure 3); spec section 5.
+    Source: Zhu et al. 2020, figure 3; spec section 5.
     """
     start = time.monotonic()
     _check(critic)
