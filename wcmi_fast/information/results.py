@@ -119,7 +119,8 @@ def _batch_errors(columns: Sequence[float], mean: float) -> tuple[float, float]:
     """Return how far the bootstrap's interval reaches below and above the mean."""
     if len(columns) < 2:
         return math.nan, math.nan
-    if max(columns) == min(columns):
+    # Of values that differ by their rounding the bootstrap would make NaN.
+    if max(columns) - min(columns) <= 1e-12 * max(map(abs, columns)):
         return 0.0, 0.0
     import numpy as np
     from scipy.stats import bootstrap
