@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,9 @@ def test_the_differences_are_paired_by_batch(blind: Mapping[str, Any]) -> None:
 
 
 def test_the_figure_has_the_results(blind: Mapping[str, Any]) -> None:
+    blind = json.loads(json.dumps(blind))
+    for row in blind["rows"]:
+        row["worst_case"]["interval"][0] -= 0.3  # two batches' are symmetric
     panels = module.figure(blind).axes
     assert len(panels) == 4
     places = [(kind, trained) for kind in KINDS for trained in module.GRADIENTS]

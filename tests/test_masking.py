@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -312,6 +313,9 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_figure_has_the_results(measured: Mapping[str, Any]) -> None:
+    measured = json.loads(json.dumps(measured))
+    for row, bound, term in product(measured["rows"], BOUNDS, TERMS):
+        row["values"][bound][term]["interval"][0] -= 0.3  # two batches' are symmetric
     panels = module.figure(measured).axes
     assert len(panels) == 6
     for kind, (slips, values, offsets) in zip(KINDS, (panels[:3], panels[3:]), strict=True):

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ class SampleConfig:
     units: int = 32
     width: int = 128
     members: int | None = None
-    steps: int = 600
+    steps: int = 500
     batch_size: int = 256
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
@@ -99,14 +100,9 @@ class Member(NamedTuple):
     best_step: int
     shift: float = 0.0
 
-    @property
-    def useful(self) -> bool:
-        """Whether it is better than a constant, which has 0 nats, on its validation rows."""
-        return max(self.curve) > 0
-
     def sides(self, x: Tensor, z: Tensor) -> Pair:
-        """Return z's side (N, U) and x's (N, 1, U) of its scores; 0 if it is of no use."""
-        return _shifted(*_sides(self.towers, x, z), self.shift, float(self.useful))
+        """Return z's side (N, U) and x's (N, 1, U) of its scores."""
+        return _shifted(*_sides(self.towers, x, z), self.shift)
 
 
 class Critic(NamedTuple):
@@ -120,12 +116,16 @@ class Critic(NamedTuple):
     members: tuple[Member, ...]
     shift: float = 0.0
 
+    @property
+    def useful(self) -> bool:
+        """Whether most members are better than a constant, which has 0 nats, where validated."""
+        return median(max(member.curve) for member in self.members) > 0
+
     def sides(self, x: Tensor, z: Tensor) -> Pair:
         """Return z's side (N, U) and x's (N, 1, U) of its scores."""
         parts = [member.sides(x, z) for member in self.members]
-        count = max(1, sum(member.useful for member in self.members))
         left, right = (torch.cat(side, -1) for side in zip(*parts, strict=True))
-        return _shifted(left, right, self.shift, 1 / count)
+        return _shifted(left, right, self.shift, 1 / len(parts))
 
 
 def train(
@@ -271,7 +271,7 @@ def _shift(critic: Critic | Member, rows: Pair) -> float:
     return float(_log_mean_exp(_lse(stats)))
 
 
-def _shifted(left: Tensor, right: Tensor, shift: float, factor: float) -> Pair:
+def _shifted(left: Tensor, right: Tensor, shift: float, factor: float = 1.0) -> Pair:
     """Return features of factor T - shift."""
     one = torch.ones_like(left[:, :1])
     return torch.cat([left * factor, one * -shift], 1), torch.cat([right, one[:, None]], 2)

@@ -21,7 +21,14 @@ from wcmi_fast.information import flags, sample_critic
 from wcmi_fast.information.job import digest_of
 from wcmi_fast.information.progress import Progress, shown
 from wcmi_fast.information.results import Estimate, Evidence, Flag
-from wcmi_fast.information.sample_critic import SWEEP_ROWS, TRAININGS, Critic, Pair, SampleConfig
+from wcmi_fast.information.sample_critic import (
+    SWEEP_ROWS,
+    TRAININGS,
+    Critic,
+    Member,
+    Pair,
+    SampleConfig,
+)
 from wcmi_fast.information.sample_report import SampleReport
 from wcmi_fast.information.towers import is_image
 from wcmi_fast.training.loop import seeded
@@ -34,6 +41,8 @@ LOWER_BOUNDS = ("dv", "infonce", "nwj", "mine")
 # Equal parts of the test rows, whose values the interval is made of.
 PARTS = 20
 LEAST_ROWS = 100
+# On fewer than this, training for normal variables of two nats loses a tenth and more of them.
+FEW_ROWS = 1000
 
 
 def sample_information(
@@ -133,8 +142,7 @@ class _Work:
         for name in self.bounds:
             critic = critics[TRAININGS[name]]
             values[name] = _parts(critic, self.halves.test, name)
-            checks = [sample_critic.value(m, m.checked, name) for m in critic.members]
-            validation[name] = fmean(checks)
+            validation[name] = _validation(critic, name)
         seen = [each for critic in critics.values() for each in _evidence(critic, self.halves.test)]
         return {"values": values, "validation": validation, "evidence": list(map(asdict, seen))}
 
@@ -155,14 +163,22 @@ def _stage(run: RunFolder | None, name: str, work: _Work) -> Mapping[str, Any]:
     return run.stage(name, work)
 
 
+def _validation(critic: Critic, bound: str) -> float:
+    """Return the mean of the members' bounds, in nats, each on its own validation rows."""
+    if not critic.useful:
+        return 0.0
+    return fmean(sample_critic.value(m, m.checked, bound) for m in critic.members)
+
+
 def _parts(critic: Critic, test: Pair, bound: str) -> list[float]:
     """Return a bound on equal parts of the test rows; their mean is the bound of all of them.
 
-    Rows beyond `SWEEP_ROWS` make further sweeps, of equal size, as the value depends on it.
+    Rows beyond `SWEEP_ROWS` make further sweeps, of equal size, as the value depends on it. Where
+    critics were of no use, the critic is a constant.
     """
-    usable = len(test[0]) // PARTS * PARTS
-    sweeps = math.ceil(usable / SWEEP_ROWS)
-    size = usable // sweeps // PARTS * PARTS
+    if not critic.useful:
+        return [0.0] * PARTS
+    sweeps, size = _sweeps(len(test[0]))
     shares = [
         sample_critic.contributions(critic, x, z, (bound,))[0].unflatten(0, (PARTS, -1)).mean(1)
         for x, z in zip(*(side[: sweeps * size].split(size) for side in test), strict=True)
@@ -176,21 +192,29 @@ def _parts(critic: Critic, test: Pair, bound: str) -> list[float]:
     return found
 
 
+def _sweeps(rows: int) -> tuple[int, int]:
+    """Return the number of sweeps over so many rows, and the size of each, a multiple of PARTS."""
+    sweeps = math.ceil(rows / SWEEP_ROWS)
+    return sweeps, rows // sweeps // PARTS * PARTS
+
+
 def _evidence(critic: Critic, test: Pair) -> list[Evidence]:
-    spread = sample_critic.spread(critic, test)
-    return [
-        Evidence(
-            train_value=sample_critic.value(member, member.fitted, "dv"),
-            test_value=sample_critic.value(member, test, "dv"),
-            curve=member.curve,
-            trace=(),
-            zero_gradients=0.0,
-            nonfinite_gradients=0.0,
-            score_spread=spread,
-            best_batch=member.best_step,
-        )
-        for member in critic.members
-    ]
+    spread = sample_critic.spread(critic, test) if critic.useful else 0.0
+    return [_member_evidence(member, test, spread) for member in critic.members]
+
+
+def _member_evidence(member: Member, test: Pair, spread: float) -> Evidence:
+    values = [sample_critic.value(member, rows, "dv") for rows in (member.fitted, test)]
+    return Evidence(
+        train_value=values[0] if spread else 0.0,
+        test_value=values[1] if spread else 0.0,
+        curve=member.curve,
+        trace=(),
+        zero_gradients=0.0,
+        nonfinite_gradients=0.0,
+        score_spread=spread,
+        best_batch=member.best_step,
+    )
 
 
 def _report(
@@ -219,16 +243,38 @@ def _report(
 def _doubts(
     estimate: Estimate, bound: str, evidence: tuple[Evidence, ...], halves: _Halves
 ) -> tuple[Flag, ...]:
-    train, test = len(halves.train[0]), len(halves.test[0])
+    _, rows = _sweeps(len(halves.test[0]))
     found = (
-        flags.near_log_n("information", estimate.mean, bound=bound, n=min(test, SWEEP_ROWS)),
+        flags.near_log_n("information", estimate.mean, bound=bound, n=rows),
         flags.negative("information", estimate),
         flags.critic_gap("information", estimate, evidence),
-        flags.collapsed_critic("information", evidence),
-        flags.few_samples(train, test, LEAST_ROWS),
+        _constant_critic(evidence),
+        _few_rows(len(halves.train[0])),
         flags.one_trial([estimate]),
     )
     return tuple(flag for flag in found if flag is not None)
+
+
+def _constant_critic(evidence: tuple[Evidence, ...]) -> Flag | None:
+    constant = sum(each.score_spread == 0 for each in evidence)
+    if not constant:
+        return None
+    return Flag(
+        "collapsed_critic",
+        f"{constant} of {len(evidence)} critics count as a constant, whose bounds are 0: most of "
+        "their trial's were no better on the rows that validate them. Either there is no "
+        "information, or critics of this size do not find it in so many rows.",
+    )
+
+
+def _few_rows(train: int) -> Flag | None:
+    if train >= FEW_ROWS:
+        return None
+    return Flag(
+        "few_samples",
+        f"{train} rows train the critics, wanted {FEW_ROWS} or more: what they learn by heart "
+        "lowers the value.",
+    )
 
 
 # ---- rows ---------------------------------------------------------------------------------------

@@ -225,8 +225,8 @@ class _FrozenBlock(torch.autograd.Function):
                 squares = _project(y, factor, projected[part] if len(projected) else None)
                 torch.rsqrt(squares / units + eps, out=rstd[part])
                 y *= rstd[part][:, None]
-                features[part][:, width:] = 0
-                features[part][:, width] = 1
+                features[part][:, width:].zero_()
+                features[part][:, width].fill_(1)
         ctx.factor, ctx.units = factor, units
         ctx.save_for_backward(features, projected, rstd, hidden)
         return features
@@ -354,8 +354,9 @@ def _hidden_and_input(y: Tensor, rows: Tensor, hidden: Tensor) -> None:
     """Write y = [relu(W1 v + b1), v, 1, 0, ...] for rows v; hidden = [W1, b1]."""
     units, inputs = len(hidden), rows.shape[1]
     y[:, units : units + inputs] = rows
-    y[:, units + inputs :] = 0
-    y[:, units + inputs] = 1
+    # In place rather than assigned: torch 2.14 makes a tensor of an assigned number, on the host.
+    y[:, units + inputs :].zero_()
+    y[:, units + inputs].fill_(1)
     first = y[:, :units]
     _product(y[:, units : units + inputs + 1], hidden.t(), first)
     first.relu_()
