@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from wcmi_fast import cli
-from wcmi_fast.commands import reproduce
+from wcmi_fast.commands import measure, reproduce
+from wcmi_fast.data import Data
 from wcmi_fast.models import BaselineH
+from wcmi_fast.models.classifiers import CIFAR10_MEAN
 from wcmi_fast.training.checkpoint import save_weights
 
 MODULE = """
@@ -85,6 +87,15 @@ def test_a_name_gets_the_weights_of_its_checkpoint(place: Path) -> None:
     second = measured("--model", "baseline_h", "--checkpoint", "other.safetensors")
     assert first["settings"]["model_sha256"] != second["settings"]["model_sha256"]
     assert first["information"]["mean"] != second["information"]["mean"]
+
+
+def test_cifar10_is_normalised_inside_the_model() -> None:
+    images, labels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
+    data = Data(images, labels, images, labels)
+    for name, wanted in (("cifar10", CIFAR10_MEAN), ("other.npz", (0.0, 0.0, 0.0))):
+        command = measure.MeasureCommand(model="baseline_h", data=name, eps=0.1)
+        found = measure.load_model(command, data, 10).get_buffer("normalise.mean")
+        assert found.flatten().tolist() == pytest.approx(list(wanted))
 
 
 def test_a_layer_is_measured(place: Path) -> None:

@@ -16,6 +16,7 @@ from wcmi_fast import datasets, models
 from wcmi_fast.data import Data, Feed
 from wcmi_fast.information.critic import CriticConfig
 from wcmi_fast.information.vulnerability import representation_vulnerability
+from wcmi_fast.models.classifiers import CIFAR10_MEAN, CIFAR10_STD
 from wcmi_fast.training.config import CriticGrad
 
 
@@ -126,7 +127,16 @@ def load_model(command: MeasureCommand, data: Data, classes: int) -> nn.Module:
     torch.manual_seed(command.seed)
     if ":" not in command.model:
         shape = (data.x_test.shape[1], data.x_test.shape[2], data.x_test.shape[3])
-        return models.load(command.model, command.checkpoint, input_shape=shape, classes=classes)
+        # A checkpoint's own normaliser, where it has one, takes the place of these.
+        mean, std = (CIFAR10_MEAN, CIFAR10_STD) if command.data == "cifar10" else (None, None)
+        return models.load(
+            command.model,
+            command.checkpoint,
+            input_shape=shape,
+            classes=classes,
+            mean=mean,
+            std=std,
+        )
     model = _imported(command.model)
     if command.checkpoint is not None:
         models.load_weights(model, command.checkpoint)

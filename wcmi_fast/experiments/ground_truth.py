@@ -71,24 +71,18 @@ def tables(results: Results) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title="nats, mean over seeds (error in % of the truth)")
-    table.add_column("task")
+    table = Table(
+        title="nats: mean over seeds ± half of its 95 % interval; error in % of the truth"
+    )
+    table.add_column("task", no_wrap=True)
     table.add_column("truth", justify="right")
-    for bound in (*BOUNDS, "best by validation"):
-        table.add_column(bound, justify="right")
-    table.add_column("95 % interval of best", justify="right")
+    for name in (*BOUNDS, "best"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("s per seed", justify="right")
     for row in results["tasks"]:
-        low, high = row["best"]["interval"]
-        cells = [_cell(row["bounds"][bound], row["truth"]) for bound in BOUNDS]
-        table.add_row(
-            row["task"],
-            f"{row['truth']:.4f}",
-            *cells,
-            _cell(row["best"], row["truth"]),
-            f"{low:.3f} to {high:.3f}",
-            f"{row['seconds']:.1f}",
-        )
+        found = [*(row["bounds"][bound] for bound in BOUNDS), row["best"]]
+        cells = [_cell(each, row["truth"]) for each in found]
+        table.add_row(row["task"], f"{row['truth']:.4f}", *cells, f"{row['seconds']:.1f}")
     settings = results["settings"]
     return Group(
         table,
@@ -152,4 +146,6 @@ def _over_seeds(batches: list[list[float]]) -> dict[str, Any]:
 
 
 def _cell(found: Mapping[str, Any], truth: float) -> str:
-    return f"{found['mean']:.3f} ({100 * (found['mean'] / truth - 1):+.1f})"
+    low, high = found["interval"]
+    error = 100 * (found["mean"] / truth - 1)
+    return f"{found['mean']:.3f} ± {(high - low) / 2:.3f}\n{error:+.1f} %"

@@ -74,7 +74,7 @@ def as_text(shown: RenderableType) -> str:
     """Return a table as plain text."""
     from rich.console import Console
 
-    console = Console(width=110, no_color=True)
+    console = Console(width=120, no_color=True)
     with console.capture() as capture:
         console.print(shown)
     return capture.get()
