@@ -55,9 +55,9 @@ class Job:
     """Images per batch of an estimate; its value depends on it."""
     learning_rate: float = 3e-3
     """Adam's, for the critics, lowered along a cosine to 0."""
-    train_images: int = 4096
+    train_images: int = 3072
     """Images that critics are trained on, at most."""
-    test_images: int = 256
+    test_images: int = 192
     """Images that the attacks are tested on, at most."""
     seed: int = 0
     """Decides the critics' weights, the order of their data and the random starts."""

@@ -56,7 +56,7 @@ class Job:
     """Images per batch, in training a critic and in testing it."""
     eps: float = 0.1
     """Radius of the attacks, in units of pixels from 0 to 1."""
-    steps: int = 5
+    steps: int = 4
     """Steps of the test attacks, of 2.5 eps / steps."""
     training_steps: int = 2
     """Attack steps while a worst-case critic is trained."""
@@ -66,9 +66,9 @@ class Job:
     """Critics trained per term, bound, batch size and model."""
     units: int = 64
     """Size U of the critics' features."""
-    updates: int = 80
+    updates: int = 50
     """Batches that a normal critic is trained on, about."""
-    worst_updates: int = 24
+    worst_updates: int = 14
     """Batches that a worst-case critic, which begins as the normal one, is trained on, about."""
     learning_rate: float = 3e-3
     """Adam's, for the critics, lowered along a cosine to 0."""
