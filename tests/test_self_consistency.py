@@ -120,6 +120,11 @@ def test_no_information_gives_no_ratio() -> None:
         assert found[check]["verdict"] == "undecided"
 
 
+def test_the_tolerance_is_a_share_of_what_is_wanted() -> None:
+    assert verdicts(additivity_4=estimate(3.7))["additivity"]["verdict"] == "holds"
+    assert verdicts(processing_4=estimate(1.7))["processing"]["verdict"] == "fails"
+
+
 def test_the_least_step_is_shown() -> None:
     found = verdicts(baseline_4=estimate(3.9))["monotone"]
     assert found["mean"] == pytest.approx(0.025)
@@ -158,6 +163,8 @@ def test_the_interval_of_a_ratio_covers_it_as_often_as_it_says() -> None:
         ((0.5, 0.89), "fails"),
         ((1.11, 1.2), "fails"),
         ((0.5, 1.5), "undecided"),
+        ((0.85, 0.95), "undecided"),
+        ((1.05, 1.2), "undecided"),
     ],
 )
 def test_a_verdict_is_where_the_interval_lies(interval: tuple[float, float], decided: str) -> None:
@@ -171,6 +178,8 @@ def test_the_pairs_are_what_they_are_called(job: self_consistency.Job) -> None:
     assert sorted(numbers.tolist()) == list(range(240))
     found = self_consistency.pairs(job, first, second)
     assert list(found) == list(PLANTED)
+    # What is checked is divided by the baseline of the same rows, asked for or not.
+    assert list(self_consistency.pairs(replace(job, rows=(0,)), first, second)) == list(PLANTED)
     assert torch.equal(found["baseline-8"][1], first)
     assert float(found["baseline-0"][1].float().abs().sum()) == 0
     x, y = found["processing-4"]

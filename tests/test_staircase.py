@@ -117,6 +117,12 @@ def test_another_bound_of_the_same_value_is_not_near_its_limit() -> None:
     assert staircase.summary("smile 5", 2 * values, 6.0, 64)["flags"] == ["near_log_n"]
 
 
+@pytest.mark.parametrize("value", [float("nan"), -math.inf])
+def test_a_critic_that_diverged_is_told(value: float) -> None:
+    values = torch.tensor([1.0, value], dtype=torch.float64)
+    assert staircase.summary("nwj", values, 6.0, 64)["flags"] == ["diverged"]
+
+
 @pytest.mark.parametrize("training", staircase.TRAININGS)
 def test_every_training_finds_the_information(training: str) -> None:
     job = replace(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 NAME = "staircase"
 SHAPES = ("linear", "cubic")
+DIVERGED = "diverged"
 TRAININGS = ("dv", "mine", "jsd", "infonce", "nwj")
 # Steps between two points of the plot, and the fresh batches that a point is the mean of.
 BLOCK, BLOCK_BATCHES = 50, 10
@@ -287,12 +288,11 @@ def summary(name: str, values: Tensor, truth: float, batch_size: int) -> dict[st
 
     Returns:
         In nats: "truth"; "mean"; its "standard_error"; "bias", mean minus truth; in nats squared:
-        "variance" over batches and "mse" = bias**2 + variance; "flags", names of `Flag`.
+        "variance" over batches and "mse" = bias**2 + variance; "flags", names of
+        `Flag`, or `DIVERGED` where the mean is not finite.
     """
     mean = float(values.mean())
     variance = float(values.var(correction=0))
-    bound = "infonce" if name == "infonce" else "dv"
-    flag = near_log_n("information", mean, bound=bound, n=batch_size)
     return {
         "truth": truth,
         "mean": mean,
@@ -300,8 +300,16 @@ def summary(name: str, values: Tensor, truth: float, batch_size: int) -> dict[st
         "bias": mean - truth,
         "variance": variance,
         "mse": float(((values - truth) ** 2).mean()),
-        "flags": [] if flag is None else [flag.name],
+        "flags": _flags(name, mean, batch_size),
     }
+
+
+def _flags(name: str, mean: float, batch_size: int) -> list[str]:
+    if not math.isfinite(mean):
+        return [DIVERGED]
+    bound = "infonce" if name == "infonce" else "dv"
+    flag = near_log_n("information", mean, bound=bound, n=batch_size)
+    return [] if flag is None else [flag.name]
 
 
 def _names_judged(job: Job) -> list[str]:
@@ -358,7 +366,8 @@ def _paragraph(results: Results) -> str:
     return (
         f"Linear data, up to {JUDGED_UP_TO:g} nats: {'; '.join(judged)}. ± is the standard error "
         f"of the mean. infonce cannot exceed log {size} = {math.log(size):.3f}; near_log_n marks "
-        "values that are too near what a batch can show. smile and nwj (jsd) are values of one "
+        "values that are too near what a batch can show, diverged those of critics whose weights "
+        "became NaN or infinite. smile and nwj (jsd) are values of one "
         "critic, which jsd's gradient trained; smile inf is dv's value of it."
     )
 
