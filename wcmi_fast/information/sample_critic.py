@@ -44,9 +44,10 @@ class SampleConfig:
         learning_rate: AdamW's, lowered along a cosine to 0; linear parts have three times as much.
         weight_decay: AdamW's.
         averaging: decay of the running average of the weights, which is what is validated.
-        normal_scores: replace each coordinate of vectors by the normal quantile of its rank. It is
-            invertible, so that it changes no information, and it tames heavy tails. Otherwise
-            coordinates are divided by their standard deviation.
+        normal_scores: replace each coordinate of vectors by the normal quantile of its rank among
+            the training rows, which tames heavy tails. It adds no information, and loses only what
+            tells values between two neighbours of training apart. Otherwise coordinates are divided
+            by their standard deviation.
     """
 
     units: int = 32
