@@ -54,8 +54,9 @@ NAMES = {1: "lse", 2: "softplus", 4: "clamped_lse", 8: "sum", 16: "square"}
 # A part of the images that one program looks at is a multiple of this.
 PART_IMAGES = 128
 
-# The defaults first: for LSE or SOFTPLUS, for others and several, which need more registers, and
-# for few scores. None of these spills, and each fits in the shared memory of every GPU since 8.0.
+# The defaults first: for LSE or SOFTPLUS, for another single statistic, which needs more registers,
+# and for several or few scores. None of these spills, and each fits in the shared memory of every
+# GPU since 8.0.
 HALF_CONFIGURATIONS = (
     all_registers(8, 4, BM=128, BN=128, BK=32),
     configuration(8, 3, BM=64, BN=128, BK=64),
@@ -318,8 +319,10 @@ def _defaults(
     configurations: tuple[triton.Config, ...], which: int
 ) -> tuple[triton.Config, triton.Config]:
     """Return those for many scores and for few, whose kernels for `which` do not spill."""
-    few_registers, others, small = configurations[:3]
-    return few_registers if which in (LSE, SOFTPLUS) else others, small
+    few_registers, one, small = configurations[:3]
+    if which not in STATISTICS:
+        return small, small
+    return few_registers if which in (LSE, SOFTPLUS) else one, small
 
 
 def _parts(n: int, p: int, default: triton.Config) -> tuple[int, int]:
