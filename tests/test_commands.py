@@ -150,7 +150,7 @@ def test_an_interrupt_says_how_to_go_on(
     def interrupted(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("wcmi_fast.information.vulnerability.train_critic", interrupted)
+    monkeypatch.setattr("wcmi_fast.information.trials.train_critic", interrupted)
     with pytest.raises(SystemExit) as stopped:
         measured("--model", "handmade:ready")
     assert stopped.value.code == 130

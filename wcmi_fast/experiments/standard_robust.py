@@ -41,15 +41,17 @@ class Job:
     """Attack steps while a worst-case critic is trained."""
     critic_grad: CriticGrad = "full"
     """Attack through both sides of the critic, or through the encoder only, as the authors do."""
-    trials: int = 4
+    trials: int = 3
     """Critics trained per term and model."""
-    epochs: int = 8
-    """Passes of a critic over its training images."""
-    batch_size: int = 100
+    epochs: int = 3
+    """Passes over the training images, of the first critic and again of each term's."""
+    batch_size: int = 50
     """Images per batch of an estimate; its value depends on it."""
-    train_images: int = 10_000
+    learning_rate: float = 3e-3
+    """Adam's, for the critics, lowered along a cosine to 0."""
+    train_images: int = 30_000
     """Images that critics are trained on, at most."""
-    test_images: int = 2_000
+    test_images: int = 1_000
     """Images for the estimates and accuracies, at most."""
     seed: int = 0
     """Decides the critics' weights and the order of their data."""
@@ -119,7 +121,9 @@ def _measured(
         seed=job.seed,
         head=nn.Identity(),
         training_steps=job.training_steps,
-        critic=CriticConfig(epochs=job.epochs, batch_size=job.batch_size),
+        critic=CriticConfig(
+            epochs=job.epochs, batch_size=job.batch_size, learning_rate=job.learning_rate
+        ),
         train_images=job.train_images,
         test_images=job.test_images,
         folder=folder / kind,

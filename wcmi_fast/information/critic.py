@@ -69,7 +69,8 @@ class CriticConfig:
         bound: name of the bound, one of `BOUNDS`: "dv"; "dv_authors", dv with the authors' masking
             (spec section 2); "infonce"; "nwj"; "smile", with tau 5; "mine".
         units: size U of the critic's features.
-        epochs: passes over the training images.
+        epochs: passes over the training images; in a measurement of a model, of each trial's first
+            critic, and again of each term's critic.
         batch_size: images per batch, in training and in testing; the value depends on it.
         learning_rate: Adam's, lowered along a cosine to 0.
         critic_grad: "full" attacks through both sides of the critic, as algorithm 1 is printed;
