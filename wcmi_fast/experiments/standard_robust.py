@@ -41,7 +41,7 @@ class Job:
     """Attack steps while a worst-case critic is trained."""
     critic_grad: CriticGrad = "full"
     """Attack through both sides of the critic, or through the encoder only, as the authors do."""
-    trials: int = 3
+    trials: int = 2
     """Critics trained per term and model."""
     epochs: int = 3
     """Passes over the training images, of the first critic and again of each term's."""
@@ -49,7 +49,7 @@ class Job:
     """Images per batch of an estimate; its value depends on it."""
     learning_rate: float = 3e-3
     """Adam's, for the critics, lowered along a cosine to 0."""
-    train_images: int = 30_000
+    train_images: int = 45_000
     """Images that critics are trained on, at most."""
     test_images: int = 1_000
     """Images for the estimates and accuracies, at most."""
