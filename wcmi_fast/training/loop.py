@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,11 +14,13 @@ from torch.optim import Adam, Optimizer
 
 from wcmi_fast import functional
 from wcmi_fast.attacks import PGD
-from wcmi_fast.data import Feed, batches, fed
+from wcmi_fast.data import Feed, fed
 from wcmi_fast.models import BaselineH, GlobalCritic, LocalCritic, MLPHead
 from wcmi_fast.models.folding import folded
 from wcmi_fast.training.config import ClassifierConfig, CriticGrad, EncoderConfig, HeadConfig
 from wcmi_fast.training.run_folder import RunFolder
+from wcmi_fast.training.seeds import seeded, starts_generator
+from wcmi_fast.training.stage import Stage, run_stage
 
 Bound = Callable[[Tensor, Tensor], Tensor]
 # Indices (B,), the part of training that is done and the epoch's generator -> representations.
@@ -42,30 +42,6 @@ class Critic:
     def modules(self) -> dict[str, nn.Module]:
         """Return both sides by name."""
         return {"global_critic": self.global_, "local_critic": self.local}
-
-
-@contextmanager
-def seeded(*parts: object) -> Iterator[torch.Generator]:
-    """Seed torch's global CPU generator, and the one yielded, by the parts; restore it after.
-
-    Each epoch of each stage has its own seed, so a resumed run needs no saved random state.
-    """
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    seed = int.from_bytes(digest[:7], "big")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield torch.Generator().manual_seed(seed)
-
-
-def starts_generator(generator: torch.Generator, device: torch.device) -> torch.Generator:
-    """Return a generator on the device, for an attack's starts, seeded by one of the host.
-
-    The data are ordered on the host, so that their order is that of every device.
-    """
-    if device.type == generator.device.type:
-        return generator
-    seed = int(torch.randint(2**63 - 1, (), generator=generator))
-    return torch.Generator(device).manual_seed(seed)
 
 
 def information_loss(
@@ -152,8 +128,8 @@ def train_encoder(
     bound = BOUNDS[config.bound]
     per_epoch = len(x) // config.batch_size
 
-    def train_batch(x_clean: Tensor, done: float, generator: torch.Generator) -> float:
-        x_batch = x_clean
+    def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> float:
+        x_clean = x_batch = x[indices]
         if config.attack is not None:
             attack = scaled(config.attack, _ramp(done, config.eps_warmup))
             frozen_critic = Critic(folded(critic.global_), folded(critic.local))
@@ -168,22 +144,27 @@ def train_encoder(
         (-value).backward()
         nn.utils.clip_grad_norm_(weights, config.grad_clip)
         optimizer.step()
+        step = round(done * config.epochs * per_epoch)
+        decay = min(config.averaging, (1 + step) / (10 + step))
+        _average_(averaged.values(), trained.values(), decay if config.averaging else 0.0)
         return value.item()
 
-    def train_epoch(epoch: int, generator: torch.Generator) -> dict[str, float]:
-        values = []
-        for batch, indices in enumerate(batches(len(x), config.batch_size, generator)):
-            step = epoch * per_epoch + batch
-            value = train_batch(x[indices], step / (config.epochs * per_epoch), generator)
-            _check_finite("train_encoder", value, stage, epoch, batch)
-            values.append(value)
-            decay = min(config.averaging, (1 + step) / (10 + step))
-            _average_(averaged.values(), trained.values(), decay if config.averaging else 0.0)
-            on_batch()
-        return {"bound_nats": sum(values) / len(values)}
-
-    modules = {**trained, **averaged}
-    run_epochs(run, stage, seed, config.epochs, modules, optimizer, train_epoch)
+    run_stage(
+        Stage(
+            owner="train_encoder",
+            name=stage,
+            seed=seed,
+            rows=len(x),
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            metric="bound_nats",
+            modules={**trained, **averaged},
+            optimizer=optimizer,
+            train_batch=train_batch,
+            on_batch=on_batch,
+        ),
+        run,
+    )
     result = [module.eval().requires_grad_(False) for module in averaged.values()]
     return result[0], Critic(result[1], result[2])
 
@@ -226,30 +207,36 @@ def train_head(
     with seeded(seed, stage, "weights"):
         head = MLPHead(represent(fixed, x[:1]).shape[1], classes).to(x.device)
     optimizer = Adam(head.parameters(), lr=config.learning_rate, fused=True)
-    per_epoch = len(x) // config.batch_size
     if config.attack is None:
         batch_features = _clean_features(fixed, x)
     else:
         batch_features = _attacked_features(config.attack, config.eps_warmup, fixed, head, x, y)
 
-    def train_epoch(epoch: int, generator: torch.Generator) -> dict[str, float]:
-        head.train()
-        losses = []
-        for batch, indices in enumerate(batches(len(x), config.batch_size, generator)):
-            done = (epoch * per_epoch + batch) / (config.epochs * per_epoch)
-            _set_learning_rate(optimizer, config.learning_rate * (1 - done))
-            features = batch_features(indices, done, generator)
-            loss = cross_entropy(head(features), y[indices])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-            _check_finite("train_head", losses[-1], stage, epoch, batch)
-            on_batch()
-        return {"loss_nats": sum(losses) / len(losses)}
+    def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> float:
+        _set_learning_rate(optimizer, config.learning_rate * (1 - done))
+        features = batch_features(indices, done, generator)
+        loss = cross_entropy(head.train()(features), y[indices])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
 
-    modules = {"head": head}
-    run_epochs(run, stage, seed, config.epochs, modules, optimizer, train_epoch)
+    run_stage(
+        Stage(
+            owner="train_head",
+            name=stage,
+            seed=seed,
+            rows=len(x),
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            metric="loss_nats",
+            modules={"head": head},
+            optimizer=optimizer,
+            train_batch=train_batch,
+            on_batch=on_batch,
+        ),
+        run,
+    )
     return head.eval().requires_grad_(False)
 
 
@@ -286,7 +273,6 @@ def train_classifier(
     x, y = fed(x), fed(y)
     model = model.to(x.device).to(memory_format=torch.channels_last)
     optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)
-    per_epoch = len(x) // config.batch_size
 
     def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> float:
         images, labels = x[indices], y[indices]
@@ -302,16 +288,22 @@ def train_classifier(
         optimizer.step()
         return loss.item()
 
-    def train_epoch(epoch: int, generator: torch.Generator) -> dict[str, float]:
-        losses = []
-        for batch, indices in enumerate(batches(len(x), config.batch_size, generator)):
-            done = (epoch * per_epoch + batch) / (config.epochs * per_epoch)
-            losses.append(train_batch(indices, done, generator))
-            _check_finite("train_classifier", losses[-1], stage, epoch, batch)
-            on_batch()
-        return {"loss_nats": sum(losses) / len(losses)}
-
-    run_epochs(run, stage, seed, config.epochs, {"model": model}, optimizer, train_epoch)
+    run_stage(
+        Stage(
+            owner="train_classifier",
+            name=stage,
+            seed=seed,
+            rows=len(x),
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            metric="loss_nats",
+            modules={"model": model},
+            optimizer=optimizer,
+            train_batch=train_batch,
+            on_batch=on_batch,
+        ),
+        run,
+    )
     return model.eval().requires_grad_(False)
 
 
@@ -423,11 +415,3 @@ def _average_(averaged: Iterable[nn.Module], trained: Iterable[nn.Module], decay
         for old, new in states:
             if old.is_floating_point():
                 old.lerp_(new, 1 - decay)
-
-
-def _check_finite(function: str, value: float, stage: str, epoch: int, batch: int) -> None:
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"{function}: the value is {value} in stage {stage!r}, epoch {epoch}, batch {batch}; "
-            "try a lower learning_rate or grad_clip, or a longer eps_warmup"
-        )
