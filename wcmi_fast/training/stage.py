@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ class Stage:
         modules, optimizer: what a checkpoint holds.
         train_batch: does one step.
         on_batch: called after every batch.
+        after_epoch: told how many epochs are done; returns further metrics.
+        ended: whether to leave out the epochs that are left.
     """
 
     owner: str
@@ -46,7 +48,9 @@ class Stage:
     modules: Mapping[str, nn.Module]
     optimizer: Optimizer
     train_batch: TrainBatch
-    on_batch: Callable[[], None] = field(default=lambda: None)
+    on_batch: Callable[[], None] = lambda: None
+    after_epoch: Callable[[int], Mapping[str, float]] = lambda epoch: {}
+    ended: Callable[[], bool] = lambda: False
 
 
 def run_stage(stage: Stage, run: RunFolder) -> None:
@@ -62,11 +66,11 @@ def run_stage(stage: Stage, run: RunFolder) -> None:
         CheckpointError, OSError: a checkpoint cannot be read, or written.
     """
     at = run.restore(stage.name, stage.modules, stage.optimizer)
-    while at.epoch < stage.epochs:
+    while at.epoch < stage.epochs and not stage.ended():
         with seeded(stage.seed, stage.name, at.epoch) as generator:
             values = _epoch(stage, run, at, generator)
         at = Progress(epoch=at.epoch + 1)
-        metrics = {stage.metric: sum(values) / len(values)}
+        metrics = {stage.metric: sum(values) / len(values), **stage.after_epoch(at.epoch)}
         run.save_epoch(stage.name, at.epoch, stage.modules, stage.optimizer, metrics)
         _stop_if_asked(stage, at)
 
