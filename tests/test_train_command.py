@@ -221,8 +221,11 @@ def test_a_signal_ends_a_step_and_the_run_goes_on(
         (["--checkpoint-every", "0"], "checkpoint_every is 0, wanted 1 or more"),
         (["--early-stop"], "early_stop needs held_out images, wanted held_out 1 or more"),
         (["--stop-on-overfitting"], "stop_on_overfitting needs held_out images"),
-        (["--held-out", "55"], "watch.rows is 55 of 60 training images, wanted to leave a batch"),
+        (["--held-out", "55"], "60 training images with 55 held out leave 5, wanted a batch"),
+        (["--batch-size", "61"], "batch_size is 61, and 60 training images with 0 held out leave"),
+        (["--held-out", "-1"], "held_out is -1, wanted 0 or more"),
         (["--network", "resnet19"], "did you mean 'resnet18'?"),
+        (["--epochs", "0"], "epochs is 0, wanted 1 or more"),
     ],
 )
 def test_bad_options(
@@ -234,7 +237,7 @@ def test_bad_options(
 ) -> None:
     given = ["classifier", "--data", str(digits), *SMALL, "--out", str(tmp_path / "c"), *args]
     assert sentence in said(capsys, *given)
-    assert not (tmp_path / "c" / "results.json").exists()
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize(
@@ -266,6 +269,14 @@ def test_an_encoder_that_is_none(
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "settings.json").write_text(json.dumps({"task": "encoder"}))
     assert "holds an encoder run that is not finished" in said(capsys, *given, tmp_path / "e")
+
+
+def test_a_bound_that_is_none(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["encoder", "--data", str(digits), *SMALL, "--bound", "info_nce"]
+    assert "did you mean 'infonce'?" in said(capsys, *given, "--out", tmp_path / "e")
+    assert not (tmp_path / "e").exists()
 
 
 def test_vectors_are_no_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

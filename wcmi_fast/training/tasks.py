@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,7 +28,13 @@ from wcmi_fast.training.config import (
     HeadConfig,
     HeadKind,
 )
-from wcmi_fast.training.loop import accuracy, train_classifier, train_encoder, train_head
+from wcmi_fast.training.loop import (
+    BOUNDS,
+    accuracy,
+    train_classifier,
+    train_encoder,
+    train_head,
+)
 from wcmi_fast.training.run_folder import SETTINGS, RunFolder
 from wcmi_fast.training.schedule import Schedule
 from wcmi_fast.training.seeds import seeded
@@ -36,6 +43,7 @@ from wcmi_fast.training.watch import Watch
 CONFIG, RESULTS = "config.toml", "results.json"
 ENCODER, CLASSIFIER = "encoder.safetensors", "classifier.safetensors"
 EVALUATION_BATCH = 125
+Work = Callable[[RunFolder, Progress], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +87,6 @@ class Task:
     """Where to compute, such as cpu or cuda."""
     checkpoint_every: int = 500
     """Batches between checkpoints; there is one after every epoch, too."""
-
-    def __post_init__(self) -> None:
-        for name in ("train_images", "test_images", "checkpoint_every", "test_steps"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"train: {name} is {value}, wanted 1 or more")
 
     def attack(self) -> PGD:
         """Return the attack of training."""
@@ -196,14 +198,16 @@ def train(task: Task, folder: Path, progress: Progress) -> dict[str, Any]:
         FloatingPointError, CheckpointError, OSError: as the trainer.
     """
     name = next(name for name, kind in TASKS.items() if type(task) is kind)
-    task.attack(), task.test_attack()  # before anything is written
+    _check(task)
     data = _cut(datasets.load(task.data), task)
+    _check_rows(task, len(data.x_train))
+    work = _WORK[name](task, data)  # raises for what does not fit, before the folder is claimed
     run = RunFolder(folder, every=task.checkpoint_every)
     settings = json.loads(json.dumps(asdict(task), default=str))
     run.claim("train", {"task": name, **settings})
     known = {key: value for key, value in settings.items() if value is not None}
     write_file(folder / CONFIG, tomli_w.dumps({name: known, "versions": versions()}))
-    results = {"task": name, **_WORK[name](task, data, run, progress)}
+    results = {"task": name, **work(run, progress)}
     write_file(folder / RESULTS, json.dumps(results, indent=1) + "\n")
     return results
 
@@ -214,7 +218,32 @@ def batches_of(task: Task, data_rows: int) -> int:
     return (min(task.train_images, data_rows) - held) // task.batch_size * task.epochs
 
 
-def _encoder(task: EncoderTask, data: Data, run: RunFolder, progress: Progress) -> dict[str, Any]:
+def _check(task: Task) -> None:
+    for name in ("train_images", "test_images", "checkpoint_every", "epochs", "batch_size"):
+        value = getattr(task, name)
+        if value < 1:
+            raise ValueError(f"train: {name} is {value}, wanted 1 or more")
+    task.attack()
+    task.test_attack()
+
+
+def _check_rows(task: Task, rows: int) -> None:
+    held = task.held_out if isinstance(task, Supervised) else 0
+    if held < 0:
+        raise ValueError(f"train: held_out is {held}, wanted 0 or more")
+    if rows - held < task.batch_size:
+        raise ValueError(
+            f"train: batch_size is {task.batch_size}, and {rows} training images with {held} held "
+            f"out leave {max(rows - held, 0)}, wanted a batch or more"
+        )
+
+
+def _encoder(task: EncoderTask, data: Data) -> Work:
+    if task.bound not in BOUNDS:
+        close = difflib.get_close_matches(task.bound, BOUNDS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"train: bound is {task.bound!r}, wanted one of {', '.join(BOUNDS)}{hint}")
+    shape = _shape(data)
     config = EncoderConfig(
         attack=task.attack(),
         beta=task.beta,
@@ -230,26 +259,30 @@ def _encoder(task: EncoderTask, data: Data, run: RunFolder, progress: Progress) 
         grad_clip=task.grad_clip,
         averaging=task.averaging,
     )
-    encoder, critic = train_encoder(
-        config,
-        Feed(data.x_train, task.device),
-        seed=task.seed,
-        stage="encoder",
-        run=run,
-        on_batch=lambda: progress.advance(1),
-    )
-    shape = _shape(data)
-    whole = models.baseline_h(shape, classes=config.dim)
-    whole.load_state_dict({**whole.state_dict(), **encoder.state_dict()})
-    save_weights(run.path / ENCODER, whole)
-    for name, side in critic.modules().items():
-        save_weights(run.path / f"{name}.safetensors", side)
-    return {"bound_nats": run.metrics()[-1]["bound_nats"]}
+
+    def work(run: RunFolder, progress: Progress) -> dict[str, Any]:
+        encoder, critic = train_encoder(
+            config,
+            Feed(data.x_train, task.device),
+            seed=task.seed,
+            stage="encoder",
+            run=run,
+            on_batch=lambda: progress.advance(1),
+        )
+        whole = models.baseline_h(shape, classes=config.dim)
+        whole.load_state_dict({**whole.state_dict(), **encoder.state_dict()})
+        save_weights(run.path / ENCODER, whole)
+        for name, side in critic.modules().items():
+            save_weights(run.path / f"{name}.safetensors", side)
+        return {"bound_nats": run.metrics()[-1]["bound_nats"]}
+
+    return work
 
 
-def _head(task: HeadTask, data: Data, run: RunFolder, progress: Progress) -> dict[str, Any]:
-    encoder = _loaded_encoder(task.encoder, _shape(data)).to(task.device)
-    classes = _classes(data)
+def _head(task: HeadTask, data: Data) -> Work:
+    shape, classes = _shape(data), _classes(data)
+    encoder = _loaded_encoder(task.encoder, shape).to(task.device)
+    whole = models.load(f"baseline_h_{task.kind}", input_shape=shape, classes=classes)
     config = HeadConfig(
         attack=task.attack() if task.robust else None,
         kind=task.kind,
@@ -260,26 +293,27 @@ def _head(task: HeadTask, data: Data, run: RunFolder, progress: Progress) -> dic
         learning_rate=task.learning_rate,
         schedule=task.schedule,
     )
-    head = train_head(
-        config,
-        encoder,
-        Feed(data.x_train, task.device),
-        Feed(data.y_train, task.device),
-        classes=classes,
-        seed=task.seed,
-        stage="head",
-        run=run,
-        on_batch=lambda: progress.advance(1),
-    )
-    whole = models.load(f"baseline_h_{task.kind}", input_shape=_shape(data), classes=classes)
-    parts = {f"head.{name}": value for name, value in head.state_dict().items()}
-    whole.load_state_dict({**encoder.state_dict(), **parts})
-    return _evaluated(task, whole, data, run)
+
+    def work(run: RunFolder, progress: Progress) -> dict[str, Any]:
+        head = train_head(
+            config,
+            encoder,
+            Feed(data.x_train, task.device),
+            Feed(data.y_train, task.device),
+            classes=classes,
+            seed=task.seed,
+            stage="head",
+            run=run,
+            on_batch=lambda: progress.advance(1),
+        )
+        parts = {f"head.{name}": value for name, value in head.state_dict().items()}
+        whole.load_state_dict({**encoder.state_dict(), **parts})
+        return _evaluated(task, whole, data, run)
+
+    return work
 
 
-def _classifier(
-    task: ClassifierTask, data: Data, run: RunFolder, progress: Progress
-) -> dict[str, Any]:
+def _classifier(task: ClassifierTask, data: Data) -> Work:
     config = ClassifierConfig(
         attack=task.attack() if task.robust else None,
         watch=task.watch(),
@@ -291,20 +325,24 @@ def _classifier(
     )
     with seeded(task.seed, "classifier", "weights"):
         model = models.load(task.network, input_shape=_shape(data), classes=_classes(data))
-    trained = train_classifier(
-        config,
-        model.requires_grad_(True),
-        Feed(data.x_train, task.device),
-        Feed(data.y_train, task.device),
-        seed=task.seed,
-        stage="classifier",
-        run=run,
-        on_batch=lambda: progress.advance(1),
-    )
-    return _evaluated(task, trained, data, run)
+
+    def work(run: RunFolder, progress: Progress) -> dict[str, Any]:
+        trained = train_classifier(
+            config,
+            model.requires_grad_(True),
+            Feed(data.x_train, task.device),
+            Feed(data.y_train, task.device),
+            seed=task.seed,
+            stage="classifier",
+            run=run,
+            on_batch=lambda: progress.advance(1),
+        )
+        return _evaluated(task, trained, data, run)
+
+    return work
 
 
-_WORK: dict[str, Callable[..., dict[str, Any]]] = {
+_WORK: dict[str, Callable[[Any, Data], Work]] = {
     "encoder": _encoder,
     "head": _head,
     "classifier": _classifier,
