@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,6 +128,18 @@ def test_the_one_before_a_broken_checkpoint_is_used(
         found = finished(folder)
     assert same(found, wanted)
     assert not newest.exists()
+
+
+def test_a_broken_checkpoint_is_warned_of_once(tmp_path: Path) -> None:
+    with pytest.raises(PlannedError):
+        run_stage(noisy_stage(stopping_after(9)), RunFolder(tmp_path, every=1))
+    newest = max((tmp_path / "checkpoints" / "s").iterdir())
+    (newest / checkpoint.TENSORS).write_bytes(b"")
+    with pytest.warns(UserWarning, match="truncated"), pytest.raises(PlannedError):
+        run_stage(noisy_stage(stopping_after(1)), RunFolder(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        finished(tmp_path)
 
 
 def test_no_checkpoint_that_can_be_read(tmp_path: Path) -> None:

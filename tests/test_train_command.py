@@ -21,6 +21,8 @@ from wcmi_fast.cli import main
 from wcmi_fast.commands.train import with_defaults
 from wcmi_fast.training.loop import accuracy
 from wcmi_fast.training.presets import PRESETS
+from wcmi_fast.training.tasks import ClassifierTask
+from wcmi_fast.training.watch import Watch
 
 SMALL = [
     "--epochs",
@@ -106,14 +108,31 @@ def test_a_classifier_learns(digits: Path, tmp_path: Path) -> None:
     assert config["versions"]["torch"] == torch.__version__
 
 
-def test_robust_means_attacked(digits: Path, tmp_path: Path) -> None:
-    for options in ([], ["--robust"]):
-        run("classifier", "--data", digits, *SMALL, *options, "--out", tmp_path / f"{len(options)}")
+@pytest.mark.parametrize("task", ["classifier", "head"])
+def test_robust_means_attacked(task: str, digits: Path, tmp_path: Path) -> None:
+    options: list[str | Path] = [task, "--data", digits, *SMALL]
+    if task == "head":
+        run("encoder", "--data", digits, "--units", "8", *SMALL, "--out", tmp_path / "encoder")
+        options += ["--encoder", tmp_path / "encoder"]
+    run(*options, "--out", tmp_path / "standard")
+    run(*options, "--robust", "--out", tmp_path / "robust")
     losses = [
         [json.loads(line)["loss_nats"] for line in (tmp_path / name / "metrics.jsonl").open()]
-        for name in ("0", "1")
+        for name in ("standard", "robust")
     ]
     assert losses[1] > losses[0]
+
+
+def test_what_is_held_out_is_what_the_options_say() -> None:
+    task = ClassifierTask(
+        eps=0.2, held_out=7, held_out_steps=5, early_stop=True, stop_on_overfitting=True
+    )
+    attack = PGD(eps=0.2, step_size=0.1, steps=5)
+    assert task.watch() == Watch(rows=7, attack=attack, keep_best=True, stop=True)
+    assert ClassifierTask(held_out=7).watch() == Watch(
+        rows=7, attack=PGD(eps=0.1, step_size=0.025, steps=10)
+    )
+    assert ClassifierTask().watch() is None
 
 
 def test_early_stopping_holds_images_out(digits: Path, tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def train_encoder(
 
 def _weights_of_terms(config: EncoderConfig) -> dict[str, float]:
     """Return the weights in the objective of the terms that are computed."""
-    if config.attack is None or config.beta == 0:
+    if config.attack is None:
         return {PLAIN: 1.0}
     weights = {WORST: config.beta, PLAIN: 1 - config.beta}
     return {term: weight for term, weight in weights.items() if weight}
