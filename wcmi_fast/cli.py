@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wcmi_fast import diagnosis
-from wcmi_fast.commands import measure, quickstart, reproduce
+from wcmi_fast.commands import measure, quickstart, reproduce, train
 
 # What a user can mend; anything else is our mistake, and keeps its traceback.
 ERRORS = (TypeError, ValueError, OSError, FloatingPointError, ModuleNotFoundError, RuntimeError)
@@ -27,15 +27,18 @@ Command = (
     | Annotated[quickstart.QuickstartCommand, tyro.conf.subcommand("quickstart")]
     | Annotated[measure.MeasureCommand, tyro.conf.subcommand("measure")]
     | Annotated[reproduce.ReproduceCommand, tyro.conf.subcommand("reproduce")]
+    | Annotated[train.TrainCommand, tyro.conf.subcommand("train")]
 )
 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; a user's error is one sentence on stderr and exit code 1."""
     given = sys.argv[1:] if args is None else args
-    command = tyro.cli(Command, args=given or ["info"], prog="wcmi-fast")
     console = Console()
     try:
+        if given[:1] == ["train"] and len(given) > 1:
+            given = ["train", *train.with_defaults(given[1:])]
+        command = tyro.cli(Command, args=given or ["info"], prog="wcmi-fast")
         match command:
             case InfoCommand():
                 _info(console)
@@ -45,6 +48,8 @@ def main(args: list[str] | None = None) -> None:
                 measure.execute(command, console)
             case reproduce.ReproduceCommand():
                 reproduce.execute(command, console)
+            case train.TrainCommand():
+                train.execute(command, console)
     except ERRORS as error:
         Console(stderr=True).print(f"wcmi-fast: {error}", style="red", markup=False)
         raise SystemExit(1) from error

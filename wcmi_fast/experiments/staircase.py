@@ -21,8 +21,8 @@ from wcmi_fast.experiments.distributions import Task
 from wcmi_fast.experiments.reproduction import Results, Say
 from wcmi_fast.functional.ema import EMAState
 from wcmi_fast.information.flags import near_log_n
-from wcmi_fast.training.loop import seeded
 from wcmi_fast.training.run_folder import RunFolder
+from wcmi_fast.training.seeds import seeded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

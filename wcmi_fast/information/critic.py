@@ -28,10 +28,9 @@ from wcmi_fast.training.loop import (
     new_critic,
     represent,
     run_epochs,
-    seeded,
-    starts_generator,
 )
 from wcmi_fast.training.run_folder import RunFolder
+from wcmi_fast.training.seeds import seeded, starts_generator
 
 # Bounds whose value estimates nats, as functions of features or statistics.
 BOUNDS: dict[str, Callable[..., Tensor]] = {

@@ -31,8 +31,8 @@ from wcmi_fast.information.sample_critic import (
 )
 from wcmi_fast.information.sample_report import SampleReport
 from wcmi_fast.information.towers import is_image
-from wcmi_fast.training.loop import seeded
 from wcmi_fast.training.run_folder import RunFolder
+from wcmi_fast.training.seeds import seeded
 
 Sample = Tensor | np.ndarray[Any, Any]
 BOUNDS = tuple(TRAININGS)

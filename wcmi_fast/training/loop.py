@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +15,35 @@ from torch.optim import Adam, Optimizer
 
 from wcmi_fast import functional
 from wcmi_fast.attacks import PGD
-from wcmi_fast.data import Feed, batches, fed
-from wcmi_fast.models import BaselineH, GlobalCritic, LocalCritic, MLPHead
+from wcmi_fast.data import Feed, fed
+from wcmi_fast.functional.bounds import MEASURES
+from wcmi_fast.functional.ema import EMAState
+from wcmi_fast.models import BaselineH, GlobalCritic, LinearHead, LocalCritic, MLPHead
 from wcmi_fast.models.folding import folded
 from wcmi_fast.training.config import ClassifierConfig, CriticGrad, EncoderConfig, HeadConfig
 from wcmi_fast.training.run_folder import RunFolder
+from wcmi_fast.training.schedule import factor
+from wcmi_fast.training.seeds import seeded, starts_generator
+from wcmi_fast.training.stage import Stage, run_stage
+from wcmi_fast.training.watch import Watch, Watched
 
 Bound = Callable[[Tensor, Tensor], Tensor]
 # Indices (B,), the part of training that is done and the epoch's generator -> representations.
 BatchFeatures = Callable[[Tensor, float, torch.Generator], Tensor]
-BOUNDS: dict[str, Bound] = {"dv": functional.dv}
+BOUNDS: dict[str, Callable[..., Tensor]] = {
+    "dv": functional.dv,
+    "dv_authors": partial(functional.dv, diagonal="zero"),
+    "infonce": functional.infonce,
+    "nwj": functional.nwj,
+    "smile": partial(functional.smile, tau=5.0),
+    "mine": functional.mine,
+    "jsd": functional.jsd,
+    **{f"fenchel_{name}": partial(functional.fenchel_dual, measure=name) for name in MEASURES},
+}
+
+
+# The terms of the objective.
+PLAIN, WORST = "information", "worst_case"
 
 
 @dataclass(frozen=True)
@@ -42,30 +60,6 @@ class Critic:
     def modules(self) -> dict[str, nn.Module]:
         """Return both sides by name."""
         return {"global_critic": self.global_, "local_critic": self.local}
-
-
-@contextmanager
-def seeded(*parts: object) -> Iterator[torch.Generator]:
-    """Seed torch's global CPU generator, and the one yielded, by the parts; restore it after.
-
-    Each epoch of each stage has its own seed, so a resumed run needs no saved random state.
-    """
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    seed = int.from_bytes(digest[:7], "big")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield torch.Generator().manual_seed(seed)
-
-
-def starts_generator(generator: torch.Generator, device: torch.device) -> torch.Generator:
-    """Return a generator on the device, for an attack's starts, seeded by one of the host.
-
-    The data are ordered on the host, so that their order is that of every device.
-    """
-    if device.type == generator.device.type:
-        return generator
-    seed = int(torch.randint(2**63 - 1, (), generator=generator))
-    return torch.Generator(device).manual_seed(seed)
 
 
 def information_loss(
@@ -120,72 +114,126 @@ def train_encoder(
     run: RunFolder,
     on_batch: Callable[[], None] = lambda: None,
 ) -> tuple[nn.Module, Critic]:
-    """Train an encoder and its critic to maximise (worst-case) information.
+    """Train an encoder and its critic to maximise I - beta RV, by default worst-case information.
 
     Each step attacks the batch with the modules in eval mode, then trains on it in train mode
-    (supplement, algorithm 2; objective with beta = 1, or beta = 0 without an attack).
+    (supplement, algorithm 2). RV being the difference of plain and worst-case information, the
+    objective is ``(1 - beta) I + beta worst-case I``; a term of weight 0 is not computed.
 
     Args:
         config: the settings.
         x: images (N, C, H, W), float32 in [0, 1], on the device to train on; or a `Feed`.
         seed: decides weights and order of the data.
         stage: name under which checkpoints and metrics go.
-        run: folder of the run; an interrupted stage goes on after its last epoch.
+        run: folder of the run; an interrupted stage goes on after its last checkpoint.
         on_batch: called after every batch.
 
     Returns:
-        The encoder and the critic, in eval mode.
+        The encoder and the critic, in eval mode; of two critics that of attacked images.
 
     Raises:
-        FloatingPointError: the bound is not finite; the message names stage, epoch and batch.
+        ValueError: config.bound is none of `BOUNDS`.
+        FloatingPointError: the objective is not finite; the message names stage, epoch and batch.
         CheckpointError: a checkpoint in `run` cannot be read or does not fit.
+
+    Source: Zhu et al. 2020, section 4; spec section 3.
     """
     x = fed(x)
     shape = (x.shape[1], x.shape[2], x.shape[3])
+    weights_of = _weights_of_terms(config)
     with seeded(seed, stage, "weights"):
         encoder = new_encoder(config, shape).to(x.device).to(memory_format=torch.channels_last)
-        critic = new_critic(config.dim, config.units, shape).to(x.device)
-    trained = {"encoder": encoder, **critic.modules()}
+        critics = {term: new_critic(config.dim, config.units, shape) for term in weights_of}
+    critics = {term: critic.to(x.device) for term, critic in critics.items()}
+    trained = {"encoder": encoder, **_modules_of(critics)}
     averaged = {f"averaged_{name}": copy.deepcopy(module) for name, module in trained.items()}
     weights = [p for module in trained.values() for p in module.parameters()]
     optimizer = Adam(weights, lr=config.learning_rate, fused=True)
-    bound = BOUNDS[config.bound]
+    bounds = {term: _bound(config.bound) for term in weights_of}
     per_epoch = len(x) // config.batch_size
 
-    def train_batch(x_clean: Tensor, done: float, generator: torch.Generator) -> float:
-        x_batch = x_clean
-        if config.attack is not None:
-            attack = scaled(config.attack, _ramp(done, config.eps_warmup))
-            frozen_critic = Critic(folded(critic.global_), folded(critic.local))
-            loss_fn = information_loss(
-                folded(encoder), frozen_critic, bound, config.critic_grad, config.critic_refresh
-            )
-            starts = starts_generator(generator, x_clean.device)
-            x_batch = attack.attack(loss_fn, x_clean, generator=starts)
-        _set_learning_rate(optimizer, config.learning_rate * _one_cycle(done))
-        value = bound(critic.global_(encoder(x_batch)), critic.local(x_batch))
+    def attacked(images: Tensor, done: float, generator: torch.Generator) -> Tensor:
+        assert config.attack is not None
+        attack = scaled(config.attack, _ramp(done, config.eps_warmup))
+        critic = critics[WORST]
+        frozen_critic = Critic(folded(critic.global_), folded(critic.local))
+        loss_fn = information_loss(
+            folded(encoder),
+            frozen_critic,
+            BOUNDS["dv" if config.bound == "mine" else config.bound],
+            config.critic_grad,
+            config.critic_refresh,
+        )
+        starts = starts_generator(generator, images.device)
+        return attack.attack(loss_fn, images, generator=starts)
+
+    def value_of(term: str, images: Tensor) -> Tensor:
+        z = encoder(images)
+        if weights_of[term] != 1:
+            # The encoder ascends by the term's weight; its critic always ascends fully.
+            z.register_hook(lambda dz: weights_of[term] * dz)
+        return bounds[term](critics[term].global_(z), critics[term].local(images))
+
+    def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> float:
+        clean = x[indices]
+        images = {
+            term: attacked(clean, done, generator) if term == WORST else clean
+            for term in weights_of
+        }
+        _set_learning_rate(optimizer, config.learning_rate * factor(config.schedule, done))
+        values = {term: value_of(term, images[term]) for term in weights_of}
         optimizer.zero_grad(set_to_none=True)
-        (-value).backward()
+        (-sum(values.values(), torch.zeros((), device=clean.device))).backward()
         nn.utils.clip_grad_norm_(weights, config.grad_clip)
         optimizer.step()
-        return value.item()
+        step = round(done * config.epochs * per_epoch)
+        decay = min(config.averaging, (1 + step) / (10 + step))
+        _average_(averaged.values(), trained.values(), decay if config.averaging else 0.0)
+        return sum(weights_of[term] * value.item() for term, value in values.items())
 
-    def train_epoch(epoch: int, generator: torch.Generator) -> dict[str, float]:
-        values = []
-        for batch, indices in enumerate(batches(len(x), config.batch_size, generator)):
-            step = epoch * per_epoch + batch
-            value = train_batch(x[indices], step / (config.epochs * per_epoch), generator)
-            _check_finite("train_encoder", value, stage, epoch, batch)
-            values.append(value)
-            decay = min(config.averaging, (1 + step) / (10 + step))
-            _average_(averaged.values(), trained.values(), decay if config.averaging else 0.0)
-            on_batch()
-        return {"bound_nats": sum(values) / len(values)}
+    run_stage(
+        Stage(
+            owner="train_encoder",
+            name=stage,
+            seed=seed,
+            rows=len(x),
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            metric="bound_nats",
+            modules={**trained, **averaged},
+            optimizer=optimizer,
+            train_batch=train_batch,
+            on_batch=on_batch,
+        ),
+        run,
+    )
+    result = {name: module.eval().requires_grad_(False) for name, module in averaged.items()}
+    return result["averaged_encoder"], Critic(
+        result["averaged_global_critic"], result["averaged_local_critic"]
+    )
 
-    modules = {**trained, **averaged}
-    run_epochs(run, stage, seed, config.epochs, modules, optimizer, train_epoch)
-    result = [module.eval().requires_grad_(False) for module in averaged.values()]
-    return result[0], Critic(result[1], result[2])
+
+def _weights_of_terms(config: EncoderConfig) -> dict[str, float]:
+    """Return the weights in the objective of the terms that are computed."""
+    if config.attack is None:
+        return {PLAIN: 1.0}
+    weights = {WORST: config.beta, PLAIN: 1 - config.beta}
+    return {term: weight for term, weight in weights.items() if weight}
+
+
+def _modules_of(critics: Mapping[str, Critic]) -> dict[str, nn.Module]:
+    """Return the critics' sides by name; those of a second critic are called plain."""
+    first, *others = critics.values()
+    named = first.modules()
+    for other in others:
+        named |= {f"plain_{name}": side for name, side in other.modules().items()}
+    return named
+
+
+def _bound(name: str) -> Bound:
+    if name not in BOUNDS:
+        raise ValueError(f"train_encoder: bound is {name!r}, wanted one of {tuple(BOUNDS)}")
+    return partial(BOUNDS[name], ema_state=EMAState()) if name == "mine" else BOUNDS[name]
 
 
 def train_head(
@@ -200,7 +248,7 @@ def train_head(
     run: RunFolder,
     on_batch: Callable[[], None] = lambda: None,
 ) -> nn.Module:
-    """Train an MLP head on a frozen encoder by cross-entropy, on attacked images if robust.
+    """Train a head on a frozen encoder by cross-entropy, on attacked images if robust.
 
     A standard head computes the features of all images once. The encoder's weights get no gradient.
 
@@ -223,34 +271,44 @@ def train_head(
         CheckpointError: a checkpoint in `run` cannot be read or does not fit.
     """
     fixed, x, y = folded(encoder), fed(x), fed(y)
+    rows = _trained_rows("train_head", config.watch, len(x), config.batch_size)
     with seeded(seed, stage, "weights"):
-        head = MLPHead(represent(fixed, x[:1]).shape[1], classes).to(x.device)
+        build: type[nn.Module] = MLPHead if config.kind == "mlp" else LinearHead
+        head = build(represent(fixed, x[:1]).shape[1], classes).to(x.device)
     optimizer = Adam(head.parameters(), lr=config.learning_rate, fused=True)
-    per_epoch = len(x) // config.batch_size
+    watched = _watched(config.watch, head, "train_head", stage, fixed, x, y)
     if config.attack is None:
         batch_features = _clean_features(fixed, x)
     else:
         batch_features = _attacked_features(config.attack, config.eps_warmup, fixed, head, x, y)
 
-    def train_epoch(epoch: int, generator: torch.Generator) -> dict[str, float]:
-        head.train()
-        losses = []
-        for batch, indices in enumerate(batches(len(x), config.batch_size, generator)):
-            done = (epoch * per_epoch + batch) / (config.epochs * per_epoch)
-            _set_learning_rate(optimizer, config.learning_rate * (1 - done))
-            features = batch_features(indices, done, generator)
-            loss = cross_entropy(head(features), y[indices])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-            _check_finite("train_head", losses[-1], stage, epoch, batch)
-            on_batch()
-        return {"loss_nats": sum(losses) / len(losses)}
+    def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> float:
+        _set_learning_rate(optimizer, config.learning_rate * factor(config.schedule, done))
+        features = batch_features(indices, done, generator)
+        loss = cross_entropy(head.train()(features), y[indices])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
 
-    modules = {"head": head}
-    run_epochs(run, stage, seed, config.epochs, modules, optimizer, train_epoch)
-    return head.eval().requires_grad_(False)
+    run_stage(
+        Stage(
+            owner="train_head",
+            name=stage,
+            seed=seed,
+            rows=rows,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            metric="loss_nats",
+            modules={"head": head, **_modules_watched(watched)},
+            optimizer=optimizer,
+            train_batch=train_batch,
+            on_batch=on_batch,
+            **_hooks(watched),
+        ),
+        run,
+    )
+    return (watched.result() if watched else head).eval().requires_grad_(False)
 
 
 def train_classifier(
@@ -284,9 +342,10 @@ def train_classifier(
         CheckpointError: a checkpoint in `run` cannot be read or does not fit.
     """
     x, y = fed(x), fed(y)
+    rows = _trained_rows("train_classifier", config.watch, len(x), config.batch_size)
     model = model.to(x.device).to(memory_format=torch.channels_last)
     optimizer = Adam(model.parameters(), lr=config.learning_rate, fused=True)
-    per_epoch = len(x) // config.batch_size
+    watched = _watched(config.watch, model, "train_classifier", stage, None, x, y)
 
     def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> float:
         images, labels = x[indices], y[indices]
@@ -295,24 +354,74 @@ def train_classifier(
             loss_fn = classification_loss(folded(model), nn.Identity(), labels)
             starts = starts_generator(generator, images.device)
             images = attack.attack(loss_fn, images, generator=starts)
-        _set_learning_rate(optimizer, config.learning_rate * _one_cycle(done))
+        _set_learning_rate(optimizer, config.learning_rate * factor(config.schedule, done))
         loss = cross_entropy(model.train()(images), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         return loss.item()
 
-    def train_epoch(epoch: int, generator: torch.Generator) -> dict[str, float]:
-        losses = []
-        for batch, indices in enumerate(batches(len(x), config.batch_size, generator)):
-            done = (epoch * per_epoch + batch) / (config.epochs * per_epoch)
-            losses.append(train_batch(indices, done, generator))
-            _check_finite("train_classifier", losses[-1], stage, epoch, batch)
-            on_batch()
-        return {"loss_nats": sum(losses) / len(losses)}
+    run_stage(
+        Stage(
+            owner="train_classifier",
+            name=stage,
+            seed=seed,
+            rows=rows,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            metric="loss_nats",
+            modules={"model": model, **_modules_watched(watched)},
+            optimizer=optimizer,
+            train_batch=train_batch,
+            on_batch=on_batch,
+            **_hooks(watched),
+        ),
+        run,
+    )
+    return (watched.result() if watched else model).eval().requires_grad_(False)
 
-    run_epochs(run, stage, seed, config.epochs, {"model": model}, optimizer, train_epoch)
-    return model.eval().requires_grad_(False)
+
+def _trained_rows(owner: str, watch: Watch | None, rows: int, batch_size: int) -> int:
+    """Return how many rows are left to train on."""
+    if watch is None:
+        return rows
+    if rows - watch.rows < batch_size:
+        raise ValueError(
+            f"{owner}: watch.rows is {watch.rows} of {rows} training images, wanted to leave a "
+            f"batch of {batch_size} or more"
+        )
+    return rows - watch.rows
+
+
+def _watched(
+    watch: Watch | None,
+    model: nn.Module,
+    owner: str,
+    stage: str,
+    encoder: nn.Module | None,
+    x: Feed,
+    y: Feed,
+) -> Watched | None:
+    """Return what looks at the last rows after every epoch, if that is wanted."""
+    if watch is None:
+        return None
+    held = slice(len(x) - watch.rows, len(x))
+
+    def measure() -> float:
+        before, head = (model, nn.Identity()) if encoder is None else (encoder, model)
+        return accuracy(before, head, x[held], y[held], attack=watch.attack)
+
+    return Watched(watch, model, measure, owner, stage).to(x.device)
+
+
+def _modules_watched(watched: Watched | None) -> dict[str, nn.Module]:
+    return {} if watched is None else {"watched": watched}
+
+
+def _hooks(watched: Watched | None) -> dict[str, Any]:
+    if watched is None:
+        return {}
+    return {"after_epoch": watched.after_epoch, "ended": lambda: bool(watched.ended)}
 
 
 def _clean_features(encoder: nn.Module, x: Feed) -> BatchFeatures:
@@ -405,12 +514,6 @@ def _ramp(done: float, warmup: float) -> float:
     return min(1.0, done / warmup) if warmup > 0 else 1.0
 
 
-def _one_cycle(done: float, peak: float = 0.2) -> float:
-    if done < peak:
-        return max(done / peak, 1e-3)
-    return 0.5 * (1 + math.cos(math.pi * (done - peak) / (1 - peak)))
-
-
 def _set_learning_rate(optimizer: Optimizer, value: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = value
@@ -423,11 +526,3 @@ def _average_(averaged: Iterable[nn.Module], trained: Iterable[nn.Module], decay
         for old, new in states:
             if old.is_floating_point():
                 old.lerp_(new, 1 - decay)
-
-
-def _check_finite(function: str, value: float, stage: str, epoch: int, batch: int) -> None:
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"{function}: the value is {value} in stage {stage!r}, epoch {epoch}, batch {batch}; "
-            "try a lower learning_rate or grad_clip, or a longer eps_warmup"
-        )

@@ -1,23 +1,43 @@
 """A run's folder: metrics, checkpoints per stage and results, so that a run can be resumed.
 
-A run is a sequence of named stages. A stage of several epochs leaves a checkpoint after each; a
-finished one leaves `stages/<name>.json`. What a killed run had finished is not done again.
+A run is a sequence of named stages. A stage of several epochs leaves a checkpoint after each, and
+some between; a finished one leaves `stages/<name>.json`. What a killed run had finished is not
+done again.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from wcmi_fast.files import discard, write_file
 from wcmi_fast.training import checkpoint
 
 METRICS, SETTINGS = "metrics.jsonl", "settings.json"
+# Names of tensors that are random states begin with it.
+RANDOM = "random"
+
+
+class Progress(NamedTuple):
+    """How far a stage came.
+
+    Attributes:
+        epoch: whole epochs.
+        batch: batches of the next one.
+        values: those of these batches.
+        random: random states after them, by name, uint8.
+    """
+
+    epoch: int
+    batch: int = 0
+    values: tuple[float, ...] = ()
+    random: Mapping[str, Tensor] = {}
 
 
 class RunFolder:
@@ -25,13 +45,16 @@ class RunFolder:
 
     Args:
         path: the folder.
+        every: batches between the checkpoints within an epoch; None makes none there.
+        keep: how many checkpoints of a stage are kept; if the newest cannot be read, the one before
+            it serves.
 
     Raises:
         OSError: it cannot be made or written to.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, every: int | None = None, keep: int = 2) -> None:
+        self.path, self.every, self.keep = path, every, keep
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -86,9 +109,9 @@ class RunFolder:
         write_file(self.path / "stages" / f"{stage}.json", json.dumps(result, indent=1))
 
     def epochs_done(self, stage: str) -> int:
-        """Return how many epochs of a stage have a checkpoint."""
-        folders = self._epoch_folders(stage)
-        return int(folders[-1].name.removeprefix("epoch-")) if folders else 0
+        """Return how many whole epochs of a stage have a checkpoint."""
+        folders = self._checkpoints(stage)
+        return int(folders[-1].name.split("-")[1]) if folders else 0
 
     def save_epoch(
         self,
@@ -98,39 +121,86 @@ class RunFolder:
         optimizer: Optimizer,
         metrics: Mapping[str, float],
     ) -> None:
-        """Checkpoint a stage after `epoch` epochs, log its metrics, drop the older checkpoint."""
-        folder = self._checkpoints(stage) / f"epoch-{epoch:04d}"
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        """Checkpoint a stage after `epoch` epochs, log its metrics, drop the oldest checkpoints."""
         record = {"stage": stage, "epoch": epoch, **metrics}
-        checkpoint.save(folder, checkpoint.pack(modules, optimizer), record)
+        self._write(stage, f"epoch-{epoch:04d}", checkpoint.pack(modules, optimizer), record)
         with (self.path / METRICS).open("a") as file:
             file.write(json.dumps(record) + "\n")
-        for older in self._epoch_folders(stage)[:-1]:
-            discard(older)
+
+    def save(
+        self, stage: str, at: Progress, modules: Mapping[str, nn.Module], optimizer: Optimizer
+    ) -> None:
+        """Checkpoint a stage within an epoch."""
+        tensors = checkpoint.pack(modules, optimizer)
+        tensors |= {f"{RANDOM}.{name}": state for name, state in at.random.items()}
+        record = {"stage": stage, "epoch": at.epoch, "batch": at.batch, "values": at.values}
+        self._write(stage, f"epoch-{at.epoch:04d}-batch-{at.batch:07d}", tensors, record)
+
+    def restore(
+        self, stage: str, modules: Mapping[str, nn.Module], optimizer: Optimizer
+    ) -> Progress:
+        """Load a stage's newest checkpoint that can be read into modules and optimiser.
+
+        Returns:
+            How far the stage had come; the beginning if there is no checkpoint.
+
+        Raises:
+            CheckpointError: no checkpoint can be read, or the one that can does not fit.
+        """
+        found = self._newest(stage)
+        if found is None:
+            self._drop_metrics(stage, after=0)
+            return Progress(epoch=0)
+        tensors, record = found
+        random = {k: tensors.pop(k) for k in list(tensors) if k.startswith(f"{RANDOM}.")}
+        checkpoint.unpack(tensors, modules, optimizer)
+        epoch = int(record["epoch"])
+        whole = "batch" not in record
+        self._drop_metrics(stage, after=epoch + (not whole), newest=record if whole else None)
+        return Progress(
+            epoch=epoch,
+            batch=int(record.get("batch", 0)),
+            values=tuple(record.get("values", ())),
+            random={k.removeprefix(f"{RANDOM}."): state for k, state in random.items()},
+        )
 
     def restore_epoch(
         self, stage: str, modules: Mapping[str, nn.Module], optimizer: Optimizer
     ) -> int:
-        """Load a stage's newest checkpoint into modules and optimiser; return its epoch, or 0."""
-        folders = self._epoch_folders(stage)
-        if not folders:
-            self._drop_metrics(stage, after=0)
-            return 0
-        tensors, record = checkpoint.load(folders[-1])
-        checkpoint.unpack(tensors, modules, optimizer)
-        epoch = int(record["epoch"])
-        self._drop_metrics(stage, after=epoch, newest=record)
-        return epoch
+        """Load a stage's newest checkpoint, made by `save_epoch`; return its epoch, or 0."""
+        return self.restore(stage, modules, optimizer).epoch
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the logged records; a line that a kill left half-written is passed over."""
         return list(self._records())
 
-    def _epoch_folders(self, stage: str) -> list[Path]:
-        return sorted(self._checkpoints(stage).glob("epoch-*"))
+    def _write(
+        self, stage: str, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
+    ) -> None:
+        folder = self.path / "checkpoints" / stage / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(folder, tensors, record)
+        for older in self._checkpoints(stage)[: -self.keep]:
+            discard(older)
 
-    def _checkpoints(self, stage: str) -> Path:
-        return self.path / "checkpoints" / stage
+    def _newest(self, stage: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Read the newest checkpoint that is whole; those that are not are removed."""
+        folders = self._checkpoints(stage)
+        for folder in reversed(folders):
+            try:
+                found = checkpoint.load(folder)
+            except checkpoint.CheckpointError as error:
+                if folder == folders[0]:
+                    raise
+                warnings.warn(f"{error}; going on from the one before it", stacklevel=4)
+                continue
+            for broken in folders[folders.index(folder) + 1 :]:
+                discard(broken)
+            return found
+        return None
+
+    def _checkpoints(self, stage: str) -> list[Path]:
+        return sorted((self.path / "checkpoints" / stage).glob("epoch-*"))
 
     def _records(self) -> Iterator[dict[str, Any]]:
         file = self.path / METRICS

@@ -1,0 +1,114 @@
+"""The loop over batches that every stage of training has, with its checkpoints and its end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from wcmi_fast.data import batches
+from wcmi_fast.training import signals
+from wcmi_fast.training.run_folder import Progress, RunFolder
+from wcmi_fast.training.seeds import seeded
+
+# Indices (B,), the part of training that is done, the epoch's generator -> the batch's value.
+TrainBatch = Callable[[Tensor, float, torch.Generator], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What is trained, on how many rows, and by which step.
+
+    Attributes:
+        owner: the function that was called, for errors.
+        name: under which checkpoints and metrics go; a part of the seed.
+        seed: decides, with the name and the epoch, all that is drawn.
+        rows: number of examples.
+        epochs: passes over them.
+        batch_size: examples per batch; an incomplete last batch is left out.
+        metric: name of the mean of an epoch's values.
+        modules, optimizer: what a checkpoint holds.
+        train_batch: does one step.
+        on_batch: called after every batch.
+        after_epoch: told how many epochs are done; returns further metrics.
+        ended: whether to leave out the epochs that are left.
+    """
+
+    owner: str
+    name: str
+    seed: int
+    rows: int
+    epochs: int
+    batch_size: int
+    metric: str
+    modules: Mapping[str, nn.Module]
+    optimizer: Optimizer
+    train_batch: TrainBatch
+    on_batch: Callable[[], None] = lambda: None
+    after_epoch: Callable[[int], Mapping[str, float]] = lambda epoch: {}
+    ended: Callable[[], bool] = lambda: False
+
+
+def run_stage(stage: Stage, run: RunFolder) -> None:
+    """Do the batches that a stage still lacks.
+
+    There is a checkpoint after every epoch, every `run.every` batches, and at a signal (see
+    `signals.finishing_steps`). Each epoch has its own seed, and a checkpoint within one holds the
+    random states: a resumed run is the uninterrupted one, bit for bit.
+
+    Raises:
+        FloatingPointError: a value is not finite; the message names stage, epoch and batch.
+        StoppedError: a signal came.
+        CheckpointError, OSError: a checkpoint cannot be read, or written.
+    """
+    at = run.restore(stage.name, stage.modules, stage.optimizer)
+    while at.epoch < stage.epochs and not stage.ended():
+        with seeded(stage.seed, stage.name, at.epoch) as generator:
+            values = _epoch(stage, run, at, generator)
+        at = Progress(epoch=at.epoch + 1)
+        metrics = {stage.metric: sum(values) / len(values), **stage.after_epoch(at.epoch)}
+        run.save_epoch(stage.name, at.epoch, stage.modules, stage.optimizer, metrics)
+        _stop_if_asked(stage, at)
+
+
+def _epoch(stage: Stage, run: RunFolder, at: Progress, generator: torch.Generator) -> list[float]:
+    order = batches(stage.rows, stage.batch_size, generator)
+    per_epoch = stage.rows // stage.batch_size
+    values = list(at.values)
+    if at.batch:
+        torch.set_rng_state(at.random["global"])
+        generator.set_state(at.random["generator"])
+    for batch, indices in enumerate(order):
+        if batch < at.batch:
+            continue
+        done = (at.epoch * per_epoch + batch) / (stage.epochs * per_epoch)
+        values.append(stage.train_batch(indices, done, generator))
+        _check_finite(stage, values[-1], at.epoch, batch)
+        stage.on_batch()
+        if batch + 1 == per_epoch:
+            break
+        asked = signals.received() is not None
+        if asked or (run.every and (batch + 1) % run.every == 0):
+            random = {"global": torch.get_rng_state(), "generator": generator.get_state()}
+            here = Progress(at.epoch, batch + 1, tuple(values), random)
+            run.save(stage.name, here, stage.modules, stage.optimizer)
+            _stop_if_asked(stage, here)
+    return values
+
+
+def _stop_if_asked(stage: Stage, at: Progress) -> None:
+    asked = signals.received()
+    if asked is not None:
+        raise signals.StoppedError(asked, stage.name, at.epoch, at.batch)
+
+
+def _check_finite(stage: Stage, value: float, epoch: int, batch: int) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"{stage.owner}: the value is {value} in stage {stage.name!r}, epoch {epoch}, batch "
+            f"{batch}; try a lower learning_rate or grad_clip, or a longer eps_warmup"
+        )

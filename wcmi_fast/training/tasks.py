@@ -1,0 +1,424 @@
+"""What `wcmi-fast train` trains: an encoder, a head on one, or a classifier (spec section 5)."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from torch import nn
+
+from wcmi_fast import datasets, models
+from wcmi_fast.attacks import PGD
+from wcmi_fast.data import Data, Feed
+from wcmi_fast.diagnosis import versions
+from wcmi_fast.files import write_file
+from wcmi_fast.information.progress import Progress
+from wcmi_fast.models.loading import read_state
+from wcmi_fast.training.checkpoint import save_weights
+from wcmi_fast.training.config import (
+    ClassifierConfig,
+    CriticGrad,
+    EncoderConfig,
+    HeadConfig,
+    HeadKind,
+)
+from wcmi_fast.training.loop import (
+    BOUNDS,
+    accuracy,
+    train_classifier,
+    train_encoder,
+    train_head,
+)
+from wcmi_fast.training.run_folder import SETTINGS, RunFolder
+from wcmi_fast.training.schedule import Schedule
+from wcmi_fast.training.seeds import seeded
+from wcmi_fast.training.watch import Watch
+
+CONFIG, RESULTS = "config.toml", "results.json"
+ENCODER, CLASSIFIER = "encoder.safetensors", "classifier.safetensors"
+EVALUATION_BATCH = 125
+Work = Callable[[RunFolder, Progress], dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What every task has.
+
+    Attributes are documented by the strings below them, which the command line shows.
+    """
+
+    data: str = "fashion_mnist"
+    """mnist, fashion_mnist, cifar10, svhn, mnist5k, or an .npz file of x_train, y_train, x_test
+    and y_test."""
+    train_images: int = 60_000
+    """Training images, at most."""
+    test_images: int = 1000
+    """Test images for the accuracies, at most."""
+    eps: float = 0.1
+    """Radius of the attack, in units of pixels from 0 to 1."""
+    steps: int = 10
+    """Steps of the attack in training."""
+    step_size: float | None = None
+    """Length of such a step, in units of pixels; None is 2.5 eps / steps."""
+    random_start: bool = False
+    """Start attacks in training at random within eps, instead of at the image."""
+    test_steps: int = 10
+    """Steps of the attack on the test images, each of 2.5 eps / test_steps."""
+    eps_warmup: float = 0.4
+    """Part of training over which eps and step size grow linearly to their value."""
+    epochs: int = 8
+    """Passes over the training images."""
+    batch_size: int = 64
+    """Images per batch; an incomplete last batch is left out."""
+    learning_rate: float = 2e-3
+    """Adam's learning rate, times what the schedule says."""
+    schedule: Schedule = "one_cycle"
+    """one_cycle rises over a fifth of training, then falls along a cosine to 0; linear falls to 0;
+    steps is divided by 10 after each quarter; constant."""
+    seed: int = 0
+    """Decides weights, order of the data, dropout and random starts."""
+    device: str = "cpu"
+    """Where to compute, such as cpu or cuda."""
+    checkpoint_every: int = 500
+    """Batches between checkpoints; there is one after every epoch, too."""
+
+    def attack(self) -> PGD:
+        """Return the attack of training."""
+        return _pgd(self.eps, self.steps, self.step_size, random_start=self.random_start)
+
+    def test_attack(self) -> PGD:
+        """Return the attack on the test images."""
+        return _pgd(self.eps, self.test_steps, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderTask(Task):
+    """Train an encoder without labels, for I - beta RV (spec section 3)."""
+
+    beta: float = 1.0
+    """Weight of the vulnerability: 1 is worst-case information, 0 plain information."""
+    bound: str = "dv"
+    """Bound on information: one of wcmi_fast.training.loop.BOUNDS."""
+    critic_grad: CriticGrad = "full"
+    """Attack through both sides of the critic (full), or the encoder only, as the authors do."""
+    critic_refresh: int = 1
+    """With encoder_only, recompute the image side every so many attack steps; 1 is exact."""
+    units: int = 64
+    """Size U of the critic's features."""
+    grad_clip: float = 1.0
+    """Largest norm of a step's gradient."""
+    averaging: float = 0.99
+    """Decay of the running average of the weights; 0 takes the last weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervised(Task):
+    """What heads and classifiers have in common."""
+
+    robust: bool = False
+    """Train on attacked images."""
+    held_out: int = 0
+    """So many training images are held out and attacked after every epoch; 0 holds out none."""
+    held_out_steps: int = 10
+    """Steps of the attack on them."""
+    early_stop: bool = False
+    """Keep the weights of the epoch of the highest accuracy on attacked held-out images."""
+    stop_on_overfitting: bool = False
+    """End training when that accuracy falls below half of its best."""
+
+    def watch(self) -> Watch | None:
+        """Return what to hold out, and how to attack it."""
+        if not self.held_out:
+            if self.early_stop or self.stop_on_overfitting:
+                name = "early_stop" if self.early_stop else "stop_on_overfitting"
+                raise ValueError(f"train: {name} needs held_out images, wanted held_out 1 or more")
+            return None
+        return Watch(
+            rows=self.held_out,
+            attack=_pgd(self.eps, self.held_out_steps, None),
+            keep_best=self.early_stop,
+            stop=self.stop_on_overfitting,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadTask(Supervised):
+    """Train a classification head on a frozen encoder (spec section 5)."""
+
+    encoder: Path
+    """Run folder of an encoder, or its encoder.safetensors."""
+    kind: HeadKind = "mlp"
+    """mlp or linear."""
+    batch_size: int = 128
+    """Images per batch; an incomplete last batch is left out."""
+    learning_rate: float = 1e-3
+    """Adam's learning rate, times what the schedule says."""
+    schedule: Schedule = "linear"
+    """one_cycle rises over a fifth of training, then falls along a cosine to 0; linear falls to 0;
+    steps is divided by 10 after each quarter; constant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierTask(Supervised):
+    """Train a supervised classifier, standard or adversarially (spec section 5)."""
+
+    network: str = "baseline_h"
+    """One of wcmi_fast.models.NAMES."""
+    batch_size: int = 128
+    """Images per batch; an incomplete last batch is left out."""
+
+
+TASKS: dict[str, type[Task]] = {
+    "encoder": EncoderTask,
+    "head": HeadTask,
+    "classifier": ClassifierTask,
+}
+
+
+def train(task: Task, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Do a task into a folder: config.toml, metrics.jsonl, weights and results.json.
+
+    Args:
+        task: what to train.
+        folder: an interrupted run of the same task goes on there.
+        progress: told what is done, in batches.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        ValueError: settings that do not fit; the folder holds another task, or other settings.
+        StoppedError: SIGINT or SIGTERM within `signals.finishing_steps`; all is saved.
+        FloatingPointError, CheckpointError, OSError: as the trainer.
+    """
+    name = next(name for name, kind in TASKS.items() if type(task) is kind)
+    _check(task)
+    data = _cut(datasets.load(task.data), task)
+    _check_rows(task, len(data.x_train))
+    work = _WORK[name](task, data)  # raises for what does not fit, before the folder is claimed
+    run = RunFolder(folder, every=task.checkpoint_every)
+    settings = json.loads(json.dumps(asdict(task), default=str))
+    run.claim("train", {"task": name, **settings})
+    known = {key: value for key, value in settings.items() if value is not None}
+    write_file(folder / CONFIG, tomli_w.dumps({name: known, "versions": versions()}))
+    results = {"task": name, **work(run, progress)}
+    write_file(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def batches_of(task: Task, data_rows: int) -> int:
+    """Return the number of training batches, for a progress bar."""
+    held = task.held_out if isinstance(task, Supervised) else 0
+    return (min(task.train_images, data_rows) - held) // task.batch_size * task.epochs
+
+
+def _check(task: Task) -> None:
+    for name in ("train_images", "test_images", "checkpoint_every", "epochs", "batch_size"):
+        value = getattr(task, name)
+        if value < 1:
+            raise ValueError(f"train: {name} is {value}, wanted 1 or more")
+    task.attack()
+    task.test_attack()
+
+
+def _check_rows(task: Task, rows: int) -> None:
+    held = task.held_out if isinstance(task, Supervised) else 0
+    if held < 0:
+        raise ValueError(f"train: held_out is {held}, wanted 0 or more")
+    if rows - held < task.batch_size:
+        raise ValueError(
+            f"train: batch_size is {task.batch_size}, and {rows} training images with {held} held "
+            f"out leave {max(rows - held, 0)}, wanted a batch or more"
+        )
+
+
+def _encoder(task: EncoderTask, data: Data) -> Work:
+    if task.bound not in BOUNDS:
+        close = difflib.get_close_matches(task.bound, BOUNDS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"train: bound is {task.bound!r}, wanted one of {', '.join(BOUNDS)}{hint}")
+    shape = _shape(data)
+    config = EncoderConfig(
+        attack=task.attack(),
+        beta=task.beta,
+        bound=task.bound,
+        critic_grad=task.critic_grad,
+        critic_refresh=task.critic_refresh,
+        eps_warmup=task.eps_warmup,
+        units=task.units,
+        epochs=task.epochs,
+        batch_size=task.batch_size,
+        learning_rate=task.learning_rate,
+        schedule=task.schedule,
+        grad_clip=task.grad_clip,
+        averaging=task.averaging,
+    )
+
+    def work(run: RunFolder, progress: Progress) -> dict[str, Any]:
+        encoder, critic = train_encoder(
+            config,
+            Feed(data.x_train, task.device),
+            seed=task.seed,
+            stage="encoder",
+            run=run,
+            on_batch=lambda: progress.advance(1),
+        )
+        whole = models.baseline_h(shape, classes=config.dim)
+        whole.load_state_dict({**whole.state_dict(), **encoder.state_dict()})
+        save_weights(run.path / ENCODER, whole)
+        for name, side in critic.modules().items():
+            save_weights(run.path / f"{name}.safetensors", side)
+        return {"bound_nats": run.metrics()[-1]["bound_nats"]}
+
+    return work
+
+
+def _head(task: HeadTask, data: Data) -> Work:
+    shape, classes = _shape(data), _classes(data)
+    encoder = _loaded_encoder(task.encoder, shape).to(task.device)
+    whole = models.load(f"baseline_h_{task.kind}", input_shape=shape, classes=classes)
+    config = HeadConfig(
+        attack=task.attack() if task.robust else None,
+        kind=task.kind,
+        watch=task.watch(),
+        eps_warmup=task.eps_warmup,
+        epochs=task.epochs,
+        batch_size=task.batch_size,
+        learning_rate=task.learning_rate,
+        schedule=task.schedule,
+    )
+
+    def work(run: RunFolder, progress: Progress) -> dict[str, Any]:
+        head = train_head(
+            config,
+            encoder,
+            Feed(data.x_train, task.device),
+            Feed(data.y_train, task.device),
+            classes=classes,
+            seed=task.seed,
+            stage="head",
+            run=run,
+            on_batch=lambda: progress.advance(1),
+        )
+        parts = {f"head.{name}": value for name, value in head.state_dict().items()}
+        whole.load_state_dict({**encoder.state_dict(), **parts})
+        return _evaluated(task, whole, data, run)
+
+    return work
+
+
+def _classifier(task: ClassifierTask, data: Data) -> Work:
+    config = ClassifierConfig(
+        attack=task.attack() if task.robust else None,
+        watch=task.watch(),
+        eps_warmup=task.eps_warmup,
+        epochs=task.epochs,
+        batch_size=task.batch_size,
+        learning_rate=task.learning_rate,
+        schedule=task.schedule,
+    )
+    with seeded(task.seed, "classifier", "weights"):
+        model = models.load(task.network, input_shape=_shape(data), classes=_classes(data))
+
+    def work(run: RunFolder, progress: Progress) -> dict[str, Any]:
+        trained = train_classifier(
+            config,
+            model.requires_grad_(True),
+            Feed(data.x_train, task.device),
+            Feed(data.y_train, task.device),
+            seed=task.seed,
+            stage="classifier",
+            run=run,
+            on_batch=lambda: progress.advance(1),
+        )
+        return _evaluated(task, trained, data, run)
+
+    return work
+
+
+_WORK: dict[str, Callable[[Any, Data], Work]] = {
+    "encoder": _encoder,
+    "head": _head,
+    "classifier": _classifier,
+}
+
+
+def _evaluated(task: Task, model: nn.Module, data: Data, run: RunFolder) -> dict[str, Any]:
+    """Save a classifier, and return its accuracies on the test images."""
+    save_weights(run.path / CLASSIFIER, model)
+    x, y = Feed(data.x_test, task.device), Feed(data.y_test, task.device)
+    shares = {
+        name: accuracy(
+            model.to(task.device),
+            nn.Identity(),
+            x,
+            y,
+            attack=attack,
+            batch_size=min(EVALUATION_BATCH, len(x)),
+        )
+        for name, attack in (("natural", None), ("adversarial", task.test_attack()))
+    }
+    return {
+        "natural_accuracy": shares["natural"],
+        "adversarial_accuracy": shares["adversarial"],
+        "test_images": len(x),
+        "test_attack": asdict(task.test_attack()),
+    }
+
+
+def _loaded_encoder(given: Path, shape: tuple[int, int, int]) -> nn.Module:
+    """Return the encoder of a run, or of a file."""
+    if given.is_dir():
+        holds = _held_by(given)
+        if holds != "a finished encoder run":
+            raise ValueError(
+                f"train: encoder is {given}, which holds {holds}, wanted the folder of a finished "
+                "encoder run"
+            )
+        given = given / ENCODER
+    dim = read_state(given)["output.bias"].shape[0]
+    return models.load("baseline_h", given, input_shape=shape, classes=dim)
+
+
+def _held_by(folder: Path) -> str:
+    file = folder / SETTINGS
+    task = json.loads(file.read_text()).get("task") if file.is_file() else None
+    if task == "encoder":
+        finished = (folder / ENCODER).is_file()
+        return "a finished encoder run" if finished else "an encoder run that is not finished"
+    return f"a {task} run" if task in TASKS else "no run"
+
+
+def _pgd(eps: float, steps: int, step_size: float | None, *, random_start: bool = False) -> PGD:
+    if steps < 1:
+        raise ValueError(f"train: steps is {steps}, wanted 1 or more")
+    # An eps of 0 allows no step of 0.
+    size = step_size or 2.5 * eps / steps or 1.0
+    return PGD(eps=eps, step_size=size, steps=steps, random_start=random_start)
+
+
+def _cut(data: Data, task: Task) -> Data:
+    return Data(
+        data.x_train[: task.train_images],
+        data.y_train[: task.train_images],
+        data.x_test[: task.test_images],
+        data.y_test[: task.test_images],
+    )
+
+
+def _shape(data: Data) -> tuple[int, int, int]:
+    if data.x_train.ndim != 4:
+        raise ValueError(
+            f"train: data has rows of shape {tuple(data.x_train.shape[1:])}, wanted images"
+        )
+    return (data.x_train.shape[1], data.x_train.shape[2], data.x_train.shape[3])
+
+
+def _classes(data: Data) -> int:
+    return int(torch.cat([data.y_train, data.y_test]).max()) + 1
