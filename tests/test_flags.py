@@ -247,11 +247,11 @@ class Root(nn.Module):
         return rows + (rows - rows.detach()).sqrt()
 
 
-class Spreading:
-    """An attack that does not attack: its images differ more than the clean ones."""
+class Doubling:
+    """An attack that does not attack: it brings dark images to where a model tells them apart."""
 
     def attack(self, loss_fn: Any, x: Tensor, *, generator: Any = None) -> Tensor:
-        return (0.5 + 3 * (x - 0.5)).clamp(0, 1)
+        return (2 * x).clamp(0, 1)
 
 
 class Idle:
@@ -271,6 +271,7 @@ def loader(n: int, batch: int) -> DataLoader[tuple[Tensor, ...]]:
 
 
 LONG = replace(SMALL, epochs=10)
+DARK = (0.5 * images(40, 0), 0.5 * images(40, 1))
 VECTORS = torch.randn(160, 2, generator=torch.Generator().manual_seed(0))
 MANY = torch.randn(160, 8, generator=torch.Generator().manual_seed(0))
 BRIGHT, LABELS = labelled(400, classes=10)
@@ -296,7 +297,7 @@ PLANTED: list[tuple[str, Callable[[], Any]]] = [
     ("attack_without_effect", lambda: measured(attack=Idle())),
     ("nonfinite_gradients", lambda: measured(Root())),
     ("attack_unfinished", lambda: measured(steps=4, step_size=1e-2)),
-    ("worst_above_normal", lambda: measured(attack=Spreading(), critic=LONG)),
+    ("worst_above_normal", lambda: measured(Comparing(), DARK, attack=Doubling(), critic=LONG)),
     ("batch_norm_in_train_mode", lambda: measured(with_norm().train())),
     (
         "batch_norm_without_statistics",
@@ -325,7 +326,12 @@ PLANTED: list[tuple[str, Callable[[], Any]]] = [
         "undertrained_critic",
         lambda: measured(nn.Identity(), (VECTORS, VECTORS[:40]), critic=replace(SMALL, epochs=2)),
     ),
-    ("negative", lambda: measured(critic=replace(SMALL, units=64, learning_rate=1.0))),
+    (
+        "negative",
+        lambda: measured(
+            data=(images(40), images(400, 1)), critic=replace(SMALL, units=64, learning_rate=2.0)
+        ),
+    ),
     ("early_critic", lambda: measured(critic=replace(SMALL, epochs=4, learning_rate=30.0))),
     (
         "accuracy_above_bound",

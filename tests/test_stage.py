@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -191,6 +191,15 @@ def interrupt_twice() -> None:
         time.sleep(0.1)
 
 
+@pytest.fixture
+def python_handles_sigint() -> Iterator[None]:
+    """A shell's background jobs ignore SIGINT, and then so does Python."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_handles_sigint")
 def test_a_second_signal_acts_at_once() -> None:
     with signals.finishing_steps(), pytest.raises(KeyboardInterrupt):
         interrupt_twice()
