@@ -128,15 +128,14 @@ def first_batch() -> Tensor:
 
 
 @pytest.mark.parametrize("bound", sorted(loop.BOUNDS))
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_every_bound_rises(bound: str, beta: float, tmp_path: Path) -> None:
+def test_every_bound_rises(bound: str, tmp_path: Path) -> None:
     x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(1)).repeat(6, 1, 1, 1)
     x = (x + 0.05 * images()).clamp(0, 1)
     config = replace(
         SMALL,
         bound=bound,
-        beta=beta,
-        epochs=15,
+        beta=0.5,  # both terms
+        epochs=8,
         learning_rate=3e-3,
         attack=replace(ATTACK, eps=0.01),
     )
