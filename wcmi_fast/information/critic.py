@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from wcmi_fast import functional, reference
+from wcmi_fast import reference
 from wcmi_fast.data import Feed, batches, fed
 from wcmi_fast.functional.bounds import CriticStats
 from wcmi_fast.functional.ema import EMAState
@@ -21,6 +21,7 @@ from wcmi_fast.information.results import Evidence
 from wcmi_fast.models import GlobalCritic, VectorCritic
 from wcmi_fast.models.folding import folded
 from wcmi_fast.training.config import CriticGrad
+from wcmi_fast.training.loop import BOUNDS as OBJECTIVES
 from wcmi_fast.training.loop import (
     Bound,
     Critic,
@@ -34,12 +35,7 @@ from wcmi_fast.training.seeds import seeded, starts_generator
 
 # Bounds whose value estimates nats, as functions of features or statistics.
 BOUNDS: dict[str, Callable[..., Tensor]] = {
-    "dv": functional.dv,
-    "dv_authors": partial(functional.dv, diagonal="zero"),
-    "infonce": functional.infonce,
-    "nwj": functional.nwj,
-    "smile": partial(functional.smile, tau=5.0),
-    "mine": functional.mine,
+    name: OBJECTIVES[name] for name in ("dv", "dv_authors", "infonce", "nwj", "smile", "mine")
 }
 
 

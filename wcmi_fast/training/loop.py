@@ -152,9 +152,8 @@ def train_encoder(
     bounds = {term: _bound(config.bound) for term in weights_of}
     per_epoch = len(x) // config.batch_size
 
-    def attacked(images: Tensor, done: float, generator: torch.Generator) -> Tensor:
-        assert config.attack is not None
-        attack = scaled(config.attack, _ramp(done, config.eps_warmup))
+    def attacked(attack: PGD, images: Tensor, done: float, generator: torch.Generator) -> Tensor:
+        ramped = scaled(attack, _ramp(done, config.eps_warmup))
         critic = critics[WORST]
         frozen_critic = Critic(folded(critic.global_), folded(critic.local))
         loss_fn = information_loss(
@@ -165,7 +164,7 @@ def train_encoder(
             config.critic_refresh,
         )
         starts = starts_generator(generator, images.device)
-        return attack.attack(loss_fn, images, generator=starts)
+        return ramped.attack(loss_fn, images, generator=starts)
 
     def value_of(term: str, images: Tensor) -> Tensor:
         z = encoder(images)
@@ -176,10 +175,9 @@ def train_encoder(
 
     def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> float:
         clean = x[indices]
-        images = {
-            term: attacked(clean, done, generator) if term == WORST else clean
-            for term in weights_of
-        }
+        images = dict.fromkeys(weights_of, clean)
+        if WORST in images and config.attack is not None:
+            images[WORST] = attacked(config.attack, clean, done, generator)
         _set_learning_rate(optimizer, config.learning_rate * factor(config.schedule, done))
         values = {term: value_of(term, images[term]) for term in weights_of}
         optimizer.zero_grad(set_to_none=True)
@@ -286,10 +284,7 @@ def train_head(
         _set_learning_rate(optimizer, config.learning_rate * factor(config.schedule, done))
         features = batch_features(indices, done, generator)
         loss = cross_entropy(head.train()(features), y[indices])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
+        return _descend(optimizer, loss)
 
     run_stage(
         Stage(
@@ -356,10 +351,7 @@ def train_classifier(
             images = attack.attack(loss_fn, images, generator=starts)
         _set_learning_rate(optimizer, config.learning_rate * factor(config.schedule, done))
         loss = cross_entropy(model.train()(images), labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
+        return _descend(optimizer, loss)
 
     run_stage(
         Stage(
@@ -379,6 +371,13 @@ def train_classifier(
         run,
     )
     return (watched.result() if watched else model).eval().requires_grad_(False)
+
+
+def _descend(optimizer: Optimizer, loss: Tensor) -> float:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
 
 
 def _trained_rows(owner: str, watch: Watch | None, rows: int, batch_size: int) -> int:
