@@ -20,7 +20,7 @@ from wcmi_fast.attacks import PGD
 from wcmi_fast.backends import registry
 from wcmi_fast.models import BaselineH, DotCritic, GlobalCritic, LocalCritic, dot_critic
 from wcmi_fast.models.folding import folded
-from wcmi_fast.training.loop import Critic, information_loss
+from wcmi_fast.training.objective import Critic, information_loss
 
 LINF = PGD(eps=0.2, step_size=0.05, steps=4, cuda_graph=True)
 SETTINGS = {

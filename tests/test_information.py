@@ -16,7 +16,7 @@ from wcmi_fast.functional.bounds import CriticStats
 from wcmi_fast.information import CriticConfig, evaluate_critic, train_critic
 from wcmi_fast.information import critic as module
 from wcmi_fast.models import BaselineH
-from wcmi_fast.training import loop
+from wcmi_fast.training.objective import Critic, new_critic
 from wcmi_fast.training.run_folder import RunFolder
 
 SHAPE = (1, 8, 8)
@@ -62,8 +62,8 @@ def test_an_encoder_that_tells_the_image_has_information(bound: str) -> None:
 
 
 def test_evaluation_is_the_bound_of_equal_batches() -> None:
-    encoder, critic = BaselineH(SHAPE, dim=4).eval(), loop.new_critic(4, 16, SHAPE)
-    critic = loop.Critic(critic.global_.eval(), critic.local.eval())
+    encoder, critic = BaselineH(SHAPE, dim=4).eval(), new_critic(4, 16, SHAPE)
+    critic = Critic(critic.global_.eval(), critic.local.eval())
     x = images(50, 0)
     found = evaluate_critic(encoder, critic, x, SMALL, attack=None)
     parts = [x[:20], x[20:40]]
@@ -114,7 +114,7 @@ def test_zero_and_infinite_gradients_are_counted() -> None:
             )
 
     config = replace(SMALL, critic_grad="encoder_only")
-    x, critic = images(40, 0), loop.new_critic(4, 16, SHAPE)
+    x, critic = images(40, 0), new_critic(4, 16, SHAPE)
     assert evaluate_critic(Blind(), critic, x, config, attack=ATTACK).zero_gradients == 1
     broken = evaluate_critic(Broken(), critic, x, config, attack=ATTACK)
     assert 0.04 < broken.nonfinite_gradients < 0.08  # 4 of 64 pixels
@@ -137,7 +137,7 @@ def test_the_critic_of_the_best_batch_is_kept(monkeypatch: pytest.MonkeyPatch) -
     sides: list[nn.Module] = []
     new_critic = module.new_critic
 
-    def seen(*args: Any) -> loop.Critic:
+    def seen(*args: Any) -> Critic:
         critic = new_critic(*args)
         sides.append(critic.local)
         return critic

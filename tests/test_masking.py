@@ -24,7 +24,7 @@ from wcmi_fast.experiments.masking import BOUNDS, TERMS, Job
 from wcmi_fast.experiments.reproduction import as_text, reproduce
 from wcmi_fast.information import CriticConfig
 from wcmi_fast.information.critic import TrainedCritic
-from wcmi_fast.training.loop import Critic
+from wcmi_fast.training.objective import Critic
 from wcmi_fast.training.run_folder import RunFolder
 
 TINY = Job(

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from wcmi_fast import PGD
-from wcmi_fast.training import checkpoint, loop
+from wcmi_fast.training import checkpoint
+from wcmi_fast.training import encoder as encoder_module
 from wcmi_fast.training.config import EncoderConfig
+from wcmi_fast.training.encoder import new_encoder, train_encoder
+from wcmi_fast.training.objective import BOUNDS, Critic, new_critic
 from wcmi_fast.training.run_folder import RunFolder
 
 ATTACK = PGD(eps=0.2, step_size=0.1, steps=2)
@@ -26,7 +29,7 @@ def images(n: int = 24) -> Tensor:
 
 
 def trained(config: EncoderConfig, folder: Path) -> list[Tensor]:
-    encoder, critic = loop.train_encoder(config, images(), seed=0, stage="e", run=RunFolder(folder))
+    encoder, critic = train_encoder(config, images(), seed=0, stage="e", run=RunFolder(folder))
     modules = (encoder, critic.global_, critic.local)
     return [value for module in modules for value in module.state_dict().values()]
 
@@ -64,13 +67,13 @@ def gradients(beta: float, tmp_path: Path) -> tuple[dict[str, list[Tensor]], Any
     config = replace(SMALL, beta=beta, attack=replace(ATTACK, eps=0.0))
     seen: dict[str, list[Tensor]] = {}
     made: list[nn.Module] = []
-    real_encoder, real_critic = loop.new_encoder, loop.new_critic
+    real_encoder, real_critic = new_encoder, new_critic
 
     def encoder(*given: Any) -> nn.Module:
         made.append(real_encoder(*given))
         return made[-1]
 
-    def critic(*given: Any) -> loop.Critic:
+    def critic(*given: Any) -> Critic:
         found = real_critic(*given)
         made.append(nn.ModuleDict(found.modules()))
         return found
@@ -85,8 +88,8 @@ def gradients(beta: float, tmp_path: Path) -> tuple[dict[str, list[Tensor]], Any
         raise StopError
 
     with (
-        mock.patch.object(loop, "new_encoder", encoder),
-        mock.patch.object(loop, "new_critic", critic),
+        mock.patch.object(encoder_module, "new_encoder", encoder),
+        mock.patch.object(encoder_module, "new_critic", critic),
         mock.patch.object(nn.utils, "clip_grad_norm_", clip),
         pytest.raises(StopError),
     ):
@@ -109,7 +112,7 @@ def test_each_critic_ascends_fully_and_the_encoder_by_the_weights(
         x = images() if x is None else x
         batch = x[first_batch()]
         z = encoder(batch)
-        value = loop.BOUNDS["dv"](module["global_critic"](z), module["local_critic"](batch))
+        value = BOUNDS["dv"](module["global_critic"](z), module["local_critic"](batch))
         (-value).backward()
         terms.append([p.grad.clone() for p in encoder.parameters() if p.grad is not None])
         name = ("worst_case", "information")[len(terms) - 1]
@@ -127,7 +130,7 @@ def first_batch() -> Tensor:
         return next(iter(batches(24, 8, generator)))
 
 
-@pytest.mark.parametrize("bound", sorted(loop.BOUNDS))
+@pytest.mark.parametrize("bound", sorted(BOUNDS))
 def test_every_bound_rises(bound: str, tmp_path: Path) -> None:
     x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(1)).repeat(6, 1, 1, 1)
     x = (x + 0.05 * images()).clamp(0, 1)
@@ -140,7 +143,7 @@ def test_every_bound_rises(bound: str, tmp_path: Path) -> None:
         attack=replace(ATTACK, eps=0.01),
     )
     run = RunFolder(tmp_path)
-    loop.train_encoder(config, x, seed=0, stage="e", run=run)
+    train_encoder(config, x, seed=0, stage="e", run=run)
     values = [record["bound_nats"] for record in run.metrics()]
     assert all(map(math.isfinite, values))
     assert max(values[-3:]) > values[0]
@@ -160,7 +163,7 @@ def test_the_attack_lowers_the_worst_case_term_only(tmp_path: Path) -> None:
         if module.training:
             inputs.append(given[0].clone())
 
-    real_encoder = loop.new_encoder
+    real_encoder = new_encoder
 
     def encoder(*given: Any) -> nn.Module:
         made = real_encoder(*given)
@@ -169,7 +172,7 @@ def test_the_attack_lowers_the_worst_case_term_only(tmp_path: Path) -> None:
 
     with (
         mock.patch.object(PGD, "attack", attack),
-        mock.patch.object(loop, "new_encoder", encoder),
+        mock.patch.object(encoder_module, "new_encoder", encoder),
     ):
         trained(replace(SMALL, beta=0.5, epochs=1, eps_warmup=0.0), tmp_path)
     assert len(seen) == 3

@@ -18,7 +18,7 @@ from wcmi_fast.experiments import saliency as experiment
 from wcmi_fast.experiments.reproduction import as_text, reproduce
 from wcmi_fast.information.saliency import Feature, object_share, saliency
 from wcmi_fast.models.folding import folded
-from wcmi_fast.training.loop import Critic, new_critic
+from wcmi_fast.training.objective import Critic, new_critic
 
 SHAPE = (1, 8, 8)
 BOUNDS = {

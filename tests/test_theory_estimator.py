@@ -16,7 +16,7 @@ from wcmi_fast.models.folding import folded
 from wcmi_fast.theory import GaussianMixture, WorstCaseTransport, binary_entropy
 from wcmi_fast.theory.transport import Side
 from wcmi_fast.training.config import CriticGrad
-from wcmi_fast.training.loop import Critic
+from wcmi_fast.training.objective import Critic
 
 W = [0.6, -0.8]
 MIXTURE = GaussianMixture(theta=[1.8, -2.4], sigma=np.eye(2))  # m = 3

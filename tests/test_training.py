@@ -15,9 +15,12 @@ from torch.nn.functional import cross_entropy
 from wcmi_fast import PGD, functional, reference
 from wcmi_fast.models import BaselineH, MLPHead
 from wcmi_fast.models.folding import folded
-from wcmi_fast.training import loop
 from wcmi_fast.training.config import EncoderConfig, HeadConfig
+from wcmi_fast.training.encoder import train_encoder
+from wcmi_fast.training.evaluation import accuracy
+from wcmi_fast.training.objective import BOUNDS, Critic, information_loss, new_critic
 from wcmi_fast.training.run_folder import RunFolder
+from wcmi_fast.training.supervised import train_head
 
 SHAPE = (1, 8, 8)
 ATTACK = PGD(eps=0.1, step_size=0.05, steps=2)
@@ -41,9 +44,7 @@ def weights(*modules: nn.Module) -> list[Tensor]:
 
 
 def train(config: EncoderConfig, x: Tensor, folder: Path, **kwargs: object) -> list[Tensor]:
-    encoder, critic = loop.train_encoder(
-        config, x, seed=0, stage="e", run=RunFolder(folder), **kwargs
-    )  # type: ignore[arg-type]
+    encoder, critic = train_encoder(config, x, seed=0, stage="e", run=RunFolder(folder), **kwargs)  # type: ignore[arg-type]
     return weights(encoder, critic.global_, critic.local)
 
 
@@ -88,9 +89,7 @@ def test_a_killed_head_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
     def head(folder: str, **kwargs: Callable[[], None]) -> list[Tensor]:
         run = RunFolder(tmp_path / folder)
-        trained = loop.train_head(
-            config, encoder, x, y, classes=2, seed=0, stage="h", run=run, **kwargs
-        )
+        trained = train_head(config, encoder, x, y, classes=2, seed=0, stage="h", run=run, **kwargs)
         return weights(trained)
 
     whole = head("whole")
@@ -139,10 +138,10 @@ def test_critic_grad_decides_which_side_the_attack_sees(
 ) -> None:
     torch.manual_seed(0)
     encoder = BaselineH(SHAPE, dim=4).eval()
-    critic = loop.new_critic(4, 8, SHAPE)
-    critic = loop.Critic(critic.global_.eval(), critic.local.eval())
+    critic = new_critic(4, 8, SHAPE)
+    critic = Critic(critic.global_.eval(), critic.local.eval())
     bound = partial(functional.dv, impl="reference")
-    loss_fn = loop.information_loss(encoder, critic, bound, critic_grad, critic_refresh)
+    loss_fn = information_loss(encoder, critic, bound, critic_grad, critic_refresh)
     x = images.clone().requires_grad_()
     z_side, h_side = (side.detach() for side in (critic.global_(encoder(x)), critic.local(x)))
     z_only = -reference.dv(reference.scores(critic.global_(encoder(x)), h_side))
@@ -165,8 +164,8 @@ def test_critic_refresh_counts_the_image_sides(
             seen.append(float(x.flatten()[0]))
             return x.flatten(1)[:, :4]
 
-    critic = loop.Critic(nn.Identity(), Counting())
-    loss_fn = loop.information_loss(nn.Flatten(), critic, product, "encoder_only", refresh)
+    critic = Critic(nn.Identity(), Counting())
+    loss_fn = information_loss(nn.Flatten(), critic, product, "encoder_only", refresh)
     for step in range(4):
         loss_fn(torch.full((2, *SHAPE), float(step)).requires_grad_())
     assert seen == [float(step) for step in fresh]
@@ -195,14 +194,12 @@ def test_head_and_accuracy_on_separable_images(tmp_path: Path) -> None:
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
     x, y = two_kinds(64)
     config = HeadConfig(attack=None, epochs=10, batch_size=16, learning_rate=1e-2)
-    head = loop.train_head(
-        config, encoder, x, y, classes=2, seed=0, stage="h", run=RunFolder(tmp_path)
-    )
-    assert loop.accuracy(encoder, head, x, y, attack=None) == 1.0
-    assert loop.accuracy(encoder, head, x, 1 - y, attack=None) == 0.0
+    head = train_head(config, encoder, x, y, classes=2, seed=0, stage="h", run=RunFolder(tmp_path))
+    assert accuracy(encoder, head, x, y, attack=None) == 1.0
+    assert accuracy(encoder, head, x, 1 - y, attack=None) == 0.0
     # An attack that may turn bright into dark images leaves nothing right.
     anything = PGD(eps=1.0, step_size=0.3, steps=10)
-    assert loop.accuracy(encoder, head, x, y, attack=anything, batch_size=10) < 0.5
+    assert accuracy(encoder, head, x, y, attack=anything, batch_size=10) < 0.5
 
 
 def test_accuracy_attacks_each_image_by_its_own_loss() -> None:
@@ -212,7 +209,7 @@ def test_accuracy_attacks_each_image_by_its_own_loss() -> None:
     attack = PGD(eps=0.3, step_size=0.1, steps=3)
     x_adv = attack.attack(lambda v: cross_entropy(head(encoder(v)), y, reduction="none"), x)
     wanted = (head(encoder(x_adv)).argmax(1) == y).float().mean().item()
-    assert loop.accuracy(encoder, head, x, y, attack=attack, batch_size=7) == pytest.approx(wanted)
+    assert accuracy(encoder, head, x, y, attack=attack, batch_size=7) == pytest.approx(wanted)
 
 
 def test_no_gradient_reaches_the_frozen_encoder(tmp_path: Path) -> None:
@@ -220,7 +217,7 @@ def test_no_gradient_reaches_the_frozen_encoder(tmp_path: Path) -> None:
     before = [value.clone() for value in weights(encoder)]
     x, y = two_kinds(16)
     config = HeadConfig(attack=ATTACK, epochs=1, batch_size=8)
-    loop.train_head(config, encoder, x, y, classes=2, seed=0, stage="h", run=RunFolder(tmp_path))
+    train_head(config, encoder, x, y, classes=2, seed=0, stage="h", run=RunFolder(tmp_path))
     assert all(parameter.grad is None for parameter in encoder.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, weights(encoder), strict=True))
     assert encoder.training
@@ -229,7 +226,7 @@ def test_no_gradient_reaches_the_frozen_encoder(tmp_path: Path) -> None:
 def test_a_bound_that_is_not_finite_stops_with_place_and_advice(
     images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(loop.BOUNDS, "dv", lambda z, h: (z.sum() + h.sum()) * math.nan)
+    monkeypatch.setitem(BOUNDS, "dv", lambda z, h: (z.sum() + h.sum()) * math.nan)
     with pytest.raises(FloatingPointError, match=r"nan in stage 'e', epoch 0, batch 0; try a low"):
         train(replace(SMALL, attack=None), images, tmp_path)
 

@@ -13,9 +13,14 @@ from torch.overrides import TorchFunctionMode
 
 from wcmi_fast import PGD, data
 from wcmi_fast.data import Feed, fed
-from wcmi_fast.training import loop
+from wcmi_fast.training import encoder as encoder_module
+from wcmi_fast.training import supervised
 from wcmi_fast.training.config import EncoderConfig, HeadConfig
+from wcmi_fast.training.encoder import train_encoder
+from wcmi_fast.training.evaluation import accuracy
 from wcmi_fast.training.run_folder import RunFolder
+from wcmi_fast.training.seeds import starts_generator
+from wcmi_fast.training.supervised import train_head
 
 GPU = torch.device("cuda:0")
 SHAPE = (1, 8, 8)
@@ -126,13 +131,13 @@ def test_every_byte_is_what_the_loader_makes_of_it() -> None:
 
 def test_bytes_train_as_floats_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     starts_on: list[torch.device] = []
-    starts_generator = loop.starts_generator
 
     def watched(generator: torch.Generator, device: torch.device) -> torch.Generator:
         starts_on.append(device)
         return starts_generator(generator, device)
 
-    monkeypatch.setattr(loop, "starts_generator", watched)
+    for where in (encoder_module, supervised):
+        monkeypatch.setattr(where, "starts_generator", watched)
     attack = PGD(eps=0.1, step_size=0.05, steps=2, random_start=True)
     config = EncoderConfig(attack=attack, dim=4, units=8, epochs=1, batch_size=8)
     head_config = HeadConfig(attack=attack, epochs=1, batch_size=8)
@@ -141,9 +146,9 @@ def test_bytes_train_as_floats_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def train(name: str, x: Tensor | Feed, y: Tensor | Feed) -> list[Tensor]:
         run = RunFolder(tmp_path / name)
-        encoder, critic = loop.train_encoder(config, x, seed=0, stage="e", run=run)
-        head = loop.train_head(head_config, encoder, x, y, classes=2, seed=0, stage="h", run=run)
-        share = loop.accuracy(encoder, head, x, y, attack=attack)
+        encoder, critic = train_encoder(config, x, seed=0, stage="e", run=run)
+        head = train_head(head_config, encoder, x, y, classes=2, seed=0, stage="h", run=run)
+        share = accuracy(encoder, head, x, y, attack=attack)
         parts = (encoder, critic.global_, critic.local, head)
         return [torch.tensor(share), *(v for part in parts for v in part.state_dict().values())]
 
@@ -156,7 +161,7 @@ def test_bytes_train_as_floats_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_starts_have_a_generator_on_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
     generator, same = (torch.Generator().manual_seed(3) for _ in range(2))
-    assert loop.starts_generator(generator, torch.device("cpu")) is generator
+    assert starts_generator(generator, torch.device("cpu")) is generator
     assert generator.get_state().equal(same.get_state())
 
     devices: list[torch.device] = []
@@ -167,7 +172,7 @@ def test_starts_have_a_generator_on_their_device(monkeypatch: pytest.MonkeyPatch
         return host()
 
     monkeypatch.setattr(torch, "Generator", on_gpu)
-    starts = [loop.starts_generator(generator, GPU) for _ in range(2)]
+    starts = [starts_generator(generator, GPU) for _ in range(2)]
     assert devices == [GPU, GPU]
     expected = int(torch.randint(2**63 - 1, (), generator=same))
     assert starts[0].initial_seed() == expected

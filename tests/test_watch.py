@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from wcmi_fast import PGD
+from wcmi_fast.data import fed
 from wcmi_fast.models import BaselineH, LinearHead, MLPHead
-from wcmi_fast.training import loop
+from wcmi_fast.training import supervised
 from wcmi_fast.training.config import ClassifierConfig, HeadConfig
+from wcmi_fast.training.evaluation import accuracy
 from wcmi_fast.training.run_folder import RunFolder
+from wcmi_fast.training.supervised import train_classifier, train_head
 from wcmi_fast.training.watch import Watch
 
 ATTACK = PGD(eps=0.1, step_size=0.05, steps=2)
@@ -33,7 +36,7 @@ def data() -> tuple[Tensor, Tensor]:
 def train(config: ClassifierConfig, folder: Path, model: nn.Module | None = None) -> nn.Module:
     torch.manual_seed(0)
     x, y = data()
-    return loop.train_classifier(
+    return train_classifier(
         config,
         model or BaselineH((1, 8, 8), dim=2),
         x,
@@ -46,7 +49,7 @@ def train(config: ClassifierConfig, folder: Path, model: nn.Module | None = None
 
 def measured(values: list[float]) -> Iterator[mock.Mock]:
     """Let the accuracies of the held-out images be these."""
-    return mock.patch.object(loop, "accuracy", side_effect=values)  # type: ignore[return-value]
+    return mock.patch.object(supervised, "accuracy", side_effect=values)  # type: ignore[return-value]
 
 
 def states_after_epochs(tmp_path: Path, epochs: int) -> list[dict[str, Tensor]]:
@@ -63,7 +66,7 @@ def states_after_epochs(tmp_path: Path, epochs: int) -> list[dict[str, Tensor]]:
                 raise KeyboardInterrupt
 
         try:
-            loop.train_classifier(
+            train_classifier(
                 replace(CONFIG, watch=WATCH),
                 model,
                 x,
@@ -77,7 +80,7 @@ def states_after_epochs(tmp_path: Path, epochs: int) -> list[dict[str, Tensor]]:
             folder = RunFolder(tmp_path / f"{count}")
             model = BaselineH((1, 8, 8), dim=2)
             optimizer = torch.optim.Adam(model.parameters())
-            kept = loop._watched(WATCH, model, "f", "c", None, loop.fed(x), loop.fed(y))
+            kept = supervised._watched(WATCH, model, "f", "c", None, fed(x), fed(y))
             folder.restore("c", {"model": model, "watched": kept}, optimizer)  # type: ignore[dict-item]
         found.append({k: v.clone() for k, v in model.state_dict().items()})
     return found
@@ -118,9 +121,9 @@ def test_held_out_images_are_not_trained_on(tmp_path: Path) -> None:
 
 
 def test_the_accuracy_is_that_of_the_held_out_images_under_the_attack(tmp_path: Path) -> None:
-    with mock.patch.object(loop, "accuracy", wraps=loop.accuracy) as accuracy:
+    with mock.patch.object(supervised, "accuracy", wraps=accuracy) as watched:
         train(replace(CONFIG, epochs=1, watch=WATCH), tmp_path)
-    (call,) = accuracy.call_args_list
+    (call,) = watched.call_args_list
     x, y = data()
     assert torch.equal(call.args[2], x[32:])
     assert torch.equal(call.args[3], y[32:])
@@ -162,7 +165,7 @@ def test_a_killed_run_keeps_the_best(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return value
 
-    with mock.patch.object(loop, "accuracy", killed), pytest.raises(KeyboardInterrupt):
+    with mock.patch.object(supervised, "accuracy", killed), pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "killed")
     with measured([0.7, 0.6]):
         found = train(config, tmp_path / "killed")
@@ -181,9 +184,9 @@ def test_heads_of_both_kinds(kind: str, built: type[nn.Module], tmp_path: Path) 
         learning_rate=0.05,  # type: ignore[arg-type]
     )
     run = RunFolder(tmp_path)
-    head = loop.train_head(config, nn.Flatten(), x, y, classes=2, seed=0, stage="h", run=run)
+    head = train_head(config, nn.Flatten(), x, y, classes=2, seed=0, stage="h", run=run)
     assert isinstance(head, built)
-    assert loop.accuracy(nn.Flatten(), head, x, y, attack=None) > 0.95
+    assert accuracy(nn.Flatten(), head, x, y, attack=None) > 0.95
     assert run.metrics()[-1]["held_out_adversarial_accuracy"] > 0.9
 
 

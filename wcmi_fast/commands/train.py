@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wcmi_fast import datasets
-from wcmi_fast.information.progress import shown
+from wcmi_fast.progress import shown
 from wcmi_fast.training import signals, tasks
 from wcmi_fast.training.presets import PRESETS, preset
 

@@ -18,7 +18,7 @@ from wcmi_fast.experiments.reproduction import Results, Say
 from wcmi_fast.information.critic import CriticConfig, evaluate_critic, train_critic
 from wcmi_fast.information.results import CAVEAT, Estimate
 from wcmi_fast.training.config import CriticGrad
-from wcmi_fast.training.loop import Critic
+from wcmi_fast.training.objective import Critic
 from wcmi_fast.training.run_folder import RunFolder
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from wcmi_fast.data import Data, Feed
 from wcmi_fast.diagnosis import versions
 from wcmi_fast.models import BaselineH
 from wcmi_fast.training.config import ClassifierConfig
-from wcmi_fast.training.loop import train_classifier
 from wcmi_fast.training.run_folder import RunFolder
 from wcmi_fast.training.seeds import seeded
+from wcmi_fast.training.supervised import train_classifier
 
 KINDS = ("standard", "robust")
 BATCH = 128

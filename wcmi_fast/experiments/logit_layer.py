@@ -22,9 +22,9 @@ from wcmi_fast.models import load as load_model
 from wcmi_fast.theory import adversarial_accuracy_upper_bound
 from wcmi_fast.training.checkpoint import save_weights
 from wcmi_fast.training.config import ClassifierConfig, CriticGrad
-from wcmi_fast.training.loop import train_classifier
 from wcmi_fast.training.run_folder import RunFolder
 from wcmi_fast.training.seeds import seeded
+from wcmi_fast.training.supervised import train_classifier
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -28,7 +28,7 @@ from wcmi_fast.information.critic import (
 )
 from wcmi_fast.information.results import CAVEAT, Estimate
 from wcmi_fast.training.config import CriticGrad
-from wcmi_fast.training.loop import Critic
+from wcmi_fast.training.objective import Critic
 from wcmi_fast.training.run_folder import RunFolder
 
 if TYPE_CHECKING:

@@ -25,15 +25,11 @@ from wcmi_fast.information.saliency import saliency
 from wcmi_fast.models.folding import folded
 from wcmi_fast.theory import adversarial_accuracy_upper_bound
 from wcmi_fast.training.config import EncoderConfig, HeadConfig
-from wcmi_fast.training.loop import (
-    Critic,
-    accuracy,
-    classification_loss,
-    represent,
-    train_encoder,
-    train_head,
-)
+from wcmi_fast.training.encoder import train_encoder
+from wcmi_fast.training.evaluation import accuracy, classification_loss, represent
+from wcmi_fast.training.objective import Critic
 from wcmi_fast.training.run_folder import RunFolder
+from wcmi_fast.training.supervised import train_head
 
 REPRESENTATIONS = ("standard", "worst-case")
 HEADS = ("standard", "robust")

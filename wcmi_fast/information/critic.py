@@ -21,17 +21,12 @@ from wcmi_fast.information.results import Evidence
 from wcmi_fast.models import GlobalCritic, VectorCritic
 from wcmi_fast.models.folding import folded
 from wcmi_fast.training.config import CriticGrad
-from wcmi_fast.training.loop import BOUNDS as OBJECTIVES
-from wcmi_fast.training.loop import (
-    Bound,
-    Critic,
-    information_loss,
-    new_critic,
-    represent,
-    run_epochs,
-)
+from wcmi_fast.training.evaluation import represent
+from wcmi_fast.training.objective import BOUNDS as OBJECTIVES
+from wcmi_fast.training.objective import Bound, Critic, information_loss, new_critic
 from wcmi_fast.training.run_folder import RunFolder
 from wcmi_fast.training.seeds import seeded, starts_generator
+from wcmi_fast.training.stage import run_epochs
 
 # Bounds whose value estimates nats, as functions of features or statistics.
 BOUNDS: dict[str, Callable[..., Tensor]] = {

@@ -16,9 +16,9 @@ from wcmi_fast.data import Feed, batches
 from wcmi_fast.information.critic import Attack, CriticConfig
 from wcmi_fast.information.patches import PatchNeurons
 from wcmi_fast.training.config import CriticGrad
-from wcmi_fast.training.loop import run_epochs
 from wcmi_fast.training.run_folder import RunFolder
 from wcmi_fast.training.seeds import seeded
+from wcmi_fast.training.stage import run_epochs
 
 # Neurons that a CPU attacks together: the inner maps of their patches then stay in its cache.
 CPU_GROUP = 16

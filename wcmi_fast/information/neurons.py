@@ -16,8 +16,8 @@ from wcmi_fast.information.critic import CriticConfig
 from wcmi_fast.information.job import TEST_IMAGES, TRAIN_IMAGES, Job, Setting, read, settings_of
 from wcmi_fast.information.neuron_critics import evaluate_neuron_critics, train_neuron_critics
 from wcmi_fast.information.patches import PatchNeurons
-from wcmi_fast.information.progress import Progress, shown
 from wcmi_fast.information.results import CAVEAT, Estimate
+from wcmi_fast.progress import Progress, shown
 from wcmi_fast.training.run_folder import RunFolder
 
 if TYPE_CHECKING:

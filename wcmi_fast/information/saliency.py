@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from wcmi_fast.attacks import frozen
 from wcmi_fast.information.critic import BOUNDS, CriticConfig, batch_bound
 from wcmi_fast.training.config import CriticGrad
-from wcmi_fast.training.loop import Critic, information_loss
+from wcmi_fast.training.objective import Critic, information_loss
 
 
 def saliency(

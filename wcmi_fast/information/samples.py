@@ -19,7 +19,6 @@ from torch import Tensor
 from wcmi_fast.diagnosis import versions
 from wcmi_fast.information import flags, sample_critic
 from wcmi_fast.information.job import digest_of
-from wcmi_fast.information.progress import Progress, shown
 from wcmi_fast.information.results import Estimate, Evidence, Flag
 from wcmi_fast.information.sample_critic import (
     SWEEP_ROWS,
@@ -31,6 +30,7 @@ from wcmi_fast.information.sample_critic import (
 )
 from wcmi_fast.information.sample_report import SampleReport
 from wcmi_fast.information.towers import is_image
+from wcmi_fast.progress import Progress, shown
 from wcmi_fast.training.run_folder import RunFolder
 from wcmi_fast.training.seeds import seeded
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from wcmi_fast.information.critic import TrainedCritic, evaluate_critic, evidence, train_critic
 from wcmi_fast.information.job import Setting
-from wcmi_fast.information.progress import Progress
 from wcmi_fast.information.results import Evidence
-from wcmi_fast.training.loop import Critic
+from wcmi_fast.progress import Progress
+from wcmi_fast.training.objective import Critic
 
 Term = Literal["information", "worst_case"]
 

@@ -112,3 +112,24 @@ def _check_finite(stage: Stage, value: float, epoch: int, batch: int) -> None:
             f"{stage.owner}: the value is {value} in stage {stage.name!r}, epoch {epoch}, batch "
             f"{batch}; try a lower learning_rate or grad_clip, or a longer eps_warmup"
         )
+
+
+def run_epochs(
+    run: RunFolder | None,
+    stage: str,
+    seed: int,
+    epochs: int,
+    modules: Mapping[str, nn.Module],
+    optimizer: Optimizer,
+    train_epoch: Callable[[int, torch.Generator], dict[str, float]],
+) -> None:
+    """Run the epochs that a stage still lacks, with a checkpoint after each if there is a folder.
+
+    Every epoch has its own seed, so that a resumed run is the uninterrupted one, bit for bit.
+    """
+    start = 0 if run is None else run.restore_epoch(stage, modules, optimizer)
+    for epoch in range(start, epochs):
+        with seeded(seed, stage, epoch) as generator:
+            metrics = train_epoch(epoch, generator)
+        if run is not None:
+            run.save_epoch(stage, epoch + 1, modules, optimizer, metrics)

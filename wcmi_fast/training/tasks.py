@@ -18,8 +18,8 @@ from wcmi_fast.attacks import PGD
 from wcmi_fast.data import Data, Feed
 from wcmi_fast.diagnosis import versions
 from wcmi_fast.files import write_file
-from wcmi_fast.information.progress import Progress
 from wcmi_fast.models.loading import read_state
+from wcmi_fast.progress import Progress
 from wcmi_fast.training.checkpoint import save_weights
 from wcmi_fast.training.config import (
     ClassifierConfig,
@@ -28,16 +28,13 @@ from wcmi_fast.training.config import (
     HeadConfig,
     HeadKind,
 )
-from wcmi_fast.training.loop import (
-    BOUNDS,
-    accuracy,
-    train_classifier,
-    train_encoder,
-    train_head,
-)
+from wcmi_fast.training.encoder import train_encoder
+from wcmi_fast.training.evaluation import accuracy
+from wcmi_fast.training.objective import BOUNDS
 from wcmi_fast.training.run_folder import SETTINGS, RunFolder
 from wcmi_fast.training.schedule import Schedule
 from wcmi_fast.training.seeds import seeded
+from wcmi_fast.training.supervised import train_classifier, train_head
 from wcmi_fast.training.watch import Watch
 
 CONFIG, RESULTS = "config.toml", "results.json"
@@ -104,7 +101,7 @@ class EncoderTask(Task):
     beta: float = 1.0
     """Weight of the vulnerability: 1 is worst-case information, 0 plain information."""
     bound: str = "dv"
-    """Bound on information: one of wcmi_fast.training.loop.BOUNDS."""
+    """Bound on information: one of wcmi_fast.training.objective.BOUNDS."""
     critic_grad: CriticGrad = "full"
     """Attack through both sides of the critic (full), or the encoder only, as the authors do."""
     critic_refresh: int = 1
