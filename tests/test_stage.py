@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from wcmi_fast.training import checkpoint, signals
 from wcmi_fast.training.run_folder import RunFolder
 from wcmi_fast.training.seeds import seeded
-from wcmi_fast.training.stage import Stage, run_stage
+from wcmi_fast.training.stage import OnBatch, Stage, Values, ignore, run_stage
 
 STEPS = 15  # three epochs of five batches
 
@@ -28,7 +28,7 @@ class PlannedError(Exception):
     pass
 
 
-def noisy_stage(on_batch: Callable[[], None] = lambda: None, bad: int | None = None) -> Stage:
+def noisy_stage(on_batch: OnBatch = ignore, bad: int | None = None) -> Stage:
     """Return a stage whose steps depend on all that a checkpoint must hold."""
     with seeded("weights"):
         model = nn.Linear(3, 2)
@@ -36,13 +36,14 @@ def noisy_stage(on_batch: Callable[[], None] = lambda: None, bad: int | None = N
     x = torch.randn(22, 3, generator=torch.Generator().manual_seed(0))
     count = iter(range(10**6))
 
-    def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> float:
+    def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> Values:
         noise = torch.randn(4, 3) + torch.randn(4, 3, generator=generator)
         loss = model(x[indices] + noise).square().mean() * (1 - done)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return float("nan") if next(count) == bad else loss.item()
+        found = float("nan") if next(count) == bad else loss.item()
+        return {"loss_nats": found, "noise": noise.mean().item()}
 
     return Stage(
         owner="f",
@@ -51,7 +52,6 @@ def noisy_stage(on_batch: Callable[[], None] = lambda: None, bad: int | None = N
         rows=22,
         epochs=3,
         batch_size=4,
-        metric="loss_nats",
         modules={"model": model},
         optimizer=optimizer,
         train_batch=train_batch,
@@ -71,10 +71,10 @@ def same(left: tuple[list[Tensor], str], right: tuple[list[Tensor], str]) -> boo
     return equal and left[1] == right[1]
 
 
-def stopping_after(batches: int) -> Callable[[], None]:
+def stopping_after(batches: int) -> OnBatch:
     left = iter(range(batches - 1))
 
-    def on_batch() -> None:
+    def on_batch(values: Values) -> None:
         if next(left, None) is None:
             raise PlannedError
 
@@ -97,7 +97,7 @@ def test_it_goes_on_after_the_last_checkpoint(tmp_path: Path) -> None:
     done: list[int] = []
     with pytest.raises(PlannedError):
         run_stage(noisy_stage(stopping_after(9)), RunFolder(tmp_path, every=3))
-    run_stage(noisy_stage(lambda: done.append(1)), RunFolder(tmp_path))
+    run_stage(noisy_stage(lambda values: done.append(1)), RunFolder(tmp_path))
     assert len(done) == STEPS - 8  # an epoch of five, and three batches
 
 
@@ -155,7 +155,7 @@ def test_no_checkpoint_that_can_be_read(tmp_path: Path) -> None:
 
 
 def test_a_value_that_is_not_finite(tmp_path: Path) -> None:
-    sentence = "f: the value is nan in stage 's', epoch 1, batch 2; try a lower learning_rate"
+    sentence = "f: loss_nats is nan in stage 's', epoch 1, batch 2; try a lower learning_rate"
     with pytest.raises(FloatingPointError, match=sentence):
         run_stage(noisy_stage(bad=7), RunFolder(tmp_path, every=1))
     wanted = finished(tmp_path / "whole")
@@ -169,7 +169,7 @@ def test_a_signal_waits_for_the_step_and_its_checkpoint(
 ) -> None:
     left = iter(range(batches - 1))
 
-    def on_batch() -> None:
+    def on_batch(values: Values) -> None:
         if next(left, None) is None:
             os.kill(os.getpid(), asked)
 
@@ -181,7 +181,7 @@ def test_a_signal_waits_for_the_step_and_its_checkpoint(
     assert f"stopped by {asked.name} in stage 's'" in str(stopped)
     assert signal.getsignal(asked) is before
     done: list[int] = []
-    run_stage(noisy_stage(lambda: done.append(1)), RunFolder(tmp_path))
+    run_stage(noisy_stage(lambda values: done.append(1)), RunFolder(tmp_path))
     assert len(done) == STEPS - batches
 
 
@@ -214,7 +214,7 @@ from test_stage import noisy_stage
 from wcmi_fast.training.run_folder import RunFolder
 from wcmi_fast.training.stage import run_stage
 
-def on_batch():
+def on_batch(values):
     print("batch", flush=True)
     time.sleep(0.02)
 

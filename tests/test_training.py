@@ -15,11 +15,13 @@ from torch.nn.functional import cross_entropy
 from wcmi_fast import PGD, functional, reference
 from wcmi_fast.models import BaselineH, MLPHead
 from wcmi_fast.models.folding import folded
+from wcmi_fast.training import encoder as encoder_module
 from wcmi_fast.training.config import EncoderConfig, HeadConfig
 from wcmi_fast.training.encoder import train_encoder
 from wcmi_fast.training.evaluation import accuracy
 from wcmi_fast.training.objective import BOUNDS, Critic, information_loss, new_critic
 from wcmi_fast.training.run_folder import RunFolder
+from wcmi_fast.training.stage import OnBatch, Values
 from wcmi_fast.training.supervised import train_head
 
 SHAPE = (1, 8, 8)
@@ -56,10 +58,10 @@ class KilledError(Exception):
     pass
 
 
-def kill_after(batches: int) -> Callable[[], None]:
+def kill_after(batches: int) -> OnBatch:
     left = [batches]
 
-    def on_batch() -> None:
+    def on_batch(values: Values) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise KilledError
@@ -182,6 +184,7 @@ def test_eps_and_step_grow_in_the_warm_up(
         return original(self, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(PGD, "attack", spy)
+    monkeypatch.setattr(encoder_module, "strength", lambda *given: {})
     train(replace(SMALL, eps_warmup=0.5), images, tmp_path)
     done = [step / 6 for step in range(6)]
     wanted = [0.1 * min(1.0, part / 0.5) for part in done]

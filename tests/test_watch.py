@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from wcmi_fast import PGD
-from wcmi_fast.data import fed
 from wcmi_fast.models import BaselineH, LinearHead, MLPHead
 from wcmi_fast.training import supervised
 from wcmi_fast.training.config import ClassifierConfig, HeadConfig
 from wcmi_fast.training.evaluation import accuracy
 from wcmi_fast.training.run_folder import RunFolder
+from wcmi_fast.training.stage import Values
 from wcmi_fast.training.supervised import train_classifier, train_head
-from wcmi_fast.training.watch import Watch
+from wcmi_fast.training.watch import Watch, Watched
 
 ATTACK = PGD(eps=0.1, step_size=0.05, steps=2)
 WATCH = Watch(rows=8, attack=ATTACK)
@@ -61,7 +61,7 @@ def states_after_epochs(tmp_path: Path, epochs: int) -> list[dict[str, Tensor]]:
         model = BaselineH((1, 8, 8), dim=2)
         done = iter(range(count * 4))
 
-        def stop(done: Iterator[int] = done) -> None:
+        def stop(values: Values, done: Iterator[int] = done) -> None:
             if next(done, None) is None:
                 raise KeyboardInterrupt
 
@@ -80,7 +80,7 @@ def states_after_epochs(tmp_path: Path, epochs: int) -> list[dict[str, Tensor]]:
             folder = RunFolder(tmp_path / f"{count}")
             model = BaselineH((1, 8, 8), dim=2)
             optimizer = torch.optim.Adam(model.parameters())
-            kept = supervised._watched(WATCH, model, "f", "c", None, fed(x), fed(y))
+            kept = Watched(WATCH, model, lambda: 0.0, "f", "c")
             folder.restore("c", {"model": model, "watched": kept}, optimizer)  # type: ignore[dict-item]
         found.append({k: v.clone() for k, v in model.state_dict().items()})
     return found

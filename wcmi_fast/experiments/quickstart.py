@@ -236,13 +236,14 @@ def _data(job: Quickstart, work: Plan) -> Data:
 
 def _train(here: _Context, name: str, data: Data) -> _Trained:
     stage = f"encoder-{name}"
+    advance = here.stage(stage, stage)
     encoder, critic = train_encoder(
         here.work.encoders[name],
         data.x_train,
         seed=here.job.seed,
         stage=stage,
         run=here.out,
-        on_batch=here.stage(stage, stage),
+        on_batch=lambda values: advance(),
     )
     heads = {kind: _train_head(here, name, kind, encoder, data) for kind in HEADS}
     return _Trained(encoder, critic, heads)
@@ -250,6 +251,7 @@ def _train(here: _Context, name: str, data: Data) -> _Trained:
 
 def _train_head(here: _Context, name: str, kind: str, encoder: nn.Module, data: Data) -> nn.Module:
     stage = f"head-{name}-{kind}"
+    advance = here.stage(stage, f"head-{kind}")
     return train_head(
         here.work.heads[kind],
         encoder,
@@ -259,7 +261,7 @@ def _train_head(here: _Context, name: str, kind: str, encoder: nn.Module, data: 
         seed=here.job.seed,
         stage=stage,
         run=here.out,
-        on_batch=here.stage(stage, f"head-{kind}"),
+        on_batch=lambda values: advance(),
     )
 
 

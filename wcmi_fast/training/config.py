@@ -22,6 +22,10 @@ class TrainingConfig:
     Args:
         attack: perturbs every batch before its step; None trains on clean images.
         eps_warmup: fraction of training over which eps and step size grow linearly to their value.
+        free: with so many replays of every batch, one backward pass serves a step of the weights
+            and one of the images, and perturbations go on from batch to batch; eps and step_size
+            are the attack's, its steps are not made. 0 attacks before each step instead. The passes
+            over the data are as many replays longer: divide epochs by it for equal time.
         epochs: passes over the data.
         batch_size: images per batch; an incomplete last batch is left out.
         optimizer: "adam", or "sgd" with Nesterov's momentum.
@@ -36,6 +40,7 @@ class TrainingConfig:
 
     attack: PGD | None
     eps_warmup: float = 0.4
+    free: int = 0
     epochs: int = 4
     batch_size: int = 128
     optimizer: OptimizerName = "adam"
@@ -48,6 +53,12 @@ class TrainingConfig:
         owner = type(self).__name__
         if self.optimizer not in ("adam", "sgd"):
             raise ValueError(f"{owner}: optimizer is {self.optimizer!r}, wanted 'adam' or 'sgd'")
+        if isinstance(self.free, bool) or not isinstance(self.free, int) or self.free < 0:
+            raise ValueError(f"{owner}: free is {self.free!r}, wanted an integer, 0 or more")
+        if self.free and (self.attack is None or self.attack.norm != "linf"):
+            raise ValueError(
+                f"{owner}: free is {self.free} and attack is {self.attack}, wanted one of norm linf"
+            )
         if not 0 <= self.momentum < 1:
             raise ValueError(f"{owner}: momentum is {self.momentum}, wanted 0 or more, below 1")
         if not 0 <= self.weight_decay < math.inf:
@@ -71,6 +82,8 @@ class EncoderConfig(TrainingConfig):
             "encoder_only" drops the gradient of the image side, as the authors' code does.
         critic_refresh: with "encoder_only", the image side is recomputed every so many attack
             steps; 1 is exact, 0 keeps the clean batch's.
+        shared_critic: the critic sees images through the encoder's first convolutions, as in Hjelm
+            et al., instead of through its own; for beta 0 or 1.
         dim: size D of the representation.
         units: size U of the critic's features (2048 in the paper).
         grad_clip: largest norm of a step's gradient, over all weights.
@@ -82,6 +95,7 @@ class EncoderConfig(TrainingConfig):
     bound: str = "dv"
     critic_grad: CriticGrad = "full"
     critic_refresh: int = 1
+    shared_critic: bool = False
     dim: int = 64
     units: int = 64
     epochs: int = 8
@@ -94,6 +108,16 @@ class EncoderConfig(TrainingConfig):
         if not 0 <= self.beta < math.inf:
             raise ValueError(
                 f"EncoderConfig: beta is {self.beta}, wanted a finite number, 0 or more"
+            )
+        if self.shared_critic and self.beta not in (0, 1):
+            raise ValueError(
+                f"EncoderConfig: beta is {self.beta} with shared_critic, wanted 0 or 1, because "
+                "the critics of two terms ascend by other weights than the encoder"
+            )
+        if self.free and (self.beta != 1 or self.critic_grad != "full"):
+            raise ValueError(
+                f"EncoderConfig: free is {self.free}, beta {self.beta} and critic_grad "
+                f"{self.critic_grad!r}, wanted beta 1 and 'full', which one backward pass serves"
             )
 
 

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from wcmi_fast.attacks import PGD
 from wcmi_fast.data import Feed, fed
 from wcmi_fast.models import BaselineH
-from wcmi_fast.models.folding import folded
 from wcmi_fast.training.config import EncoderConfig
+from wcmi_fast.training.free import Perturbation
 from wcmi_fast.training.objective import (
-    BOUNDS,
     WORST,
     Critic,
     ascended,
-    information_loss,
+    attackers_loss,
     modules_of,
     new_critic,
+    share_convolutions_,
     weights_of_terms,
 )
 from wcmi_fast.training.run_folder import RunFolder
 from wcmi_fast.training.seeds import seeded, starts_generator
-from wcmi_fast.training.stage import Stage, run_stage
+from wcmi_fast.training.stage import OnBatch, Stage, Values, ignore, run_stage
 from wcmi_fast.training.steps import average_, new_optimizer, ramp, scaled, set_learning_rate
+from wcmi_fast.training.strength import strength
 
 
-def new_encoder(config: EncoderConfig, input_shape: tuple[int, int, int]) -> nn.Module:
+def new_encoder(config: EncoderConfig, input_shape: tuple[int, int, int]) -> BaselineH:
     """Build the untrained encoder that a config describes."""
     return BaselineH(input_shape, dim=config.dim)
 
@@ -41,7 +41,7 @@ def train_encoder(
     seed: int,
     stage: str,
     run: RunFolder,
-    on_batch: Callable[[], None] = lambda: None,
+    on_batch: OnBatch = ignore,
 ) -> tuple[nn.Module, Critic]:
     """Train an encoder and its critic to maximise I - beta RV, by default worst-case information.
 
@@ -55,7 +55,7 @@ def train_encoder(
         seed: decides weights and order of the data.
         stage: name under which checkpoints and metrics go.
         run: folder of the run; an interrupted stage goes on after its last checkpoint.
-        on_batch: called after every batch.
+        on_batch: told after every batch what it reports, by name.
 
     Returns:
         The encoder and the critic, in eval mode; of two critics that of attacked images.
@@ -71,29 +71,20 @@ def train_encoder(
     shape = (x.shape[1], x.shape[2], x.shape[3])
     weights_of = weights_of_terms(config)
     with seeded(seed, stage, "weights"):
-        encoder = new_encoder(config, shape).to(x.device).to(memory_format=torch.channels_last)
+        encoder = new_encoder(config, shape)
         critics = {term: new_critic(config.dim, config.units, shape) for term in weights_of}
+    if config.shared_critic:
+        for critic in critics.values():
+            share_convolutions_(critic, encoder)
+    encoder = encoder.to(x.device).to(memory_format=torch.channels_last)
     critics = {term: critic.to(x.device) for term, critic in critics.items()}
     trained = {"encoder": encoder, **modules_of(critics)}
     averaged = {f"averaged_{name}": copy.deepcopy(module) for name, module in trained.items()}
-    weights = [p for module in trained.values() for p in module.parameters()]
+    weights = list(dict.fromkeys(p for module in trained.values() for p in module.parameters()))
     optimizer = new_optimizer(config, weights)
-    bounds = {term: ascended(config.bound) for term in weights_of}
+    bounds = {term: ascended(config.bound, critic.locations) for term, critic in critics.items()}
+    perturbation = Perturbation.of(config, x)
     per_epoch = len(x) // config.batch_size
-
-    def attacked(attack: PGD, images: Tensor, done: float, generator: torch.Generator) -> Tensor:
-        ramped = scaled(attack, ramp(done, config.eps_warmup))
-        critic = critics[WORST]
-        frozen_critic = Critic(folded(critic.global_), folded(critic.local))
-        loss_fn = information_loss(
-            folded(encoder),
-            frozen_critic,
-            BOUNDS["dv" if config.bound == "mine" else config.bound],
-            config.critic_grad,
-            config.critic_refresh,
-        )
-        starts = starts_generator(generator, images.device)
-        return ramped.attack(loss_fn, images, generator=starts)
 
     def value_of(term: str, images: Tensor) -> Tensor:
         z = encoder(images)
@@ -102,22 +93,47 @@ def train_encoder(
             z.register_hook(lambda dz: weights_of[term] * dz)
         return bounds[term](critics[term].global_(z), critics[term].local(images))
 
-    def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> float:
-        clean = x[indices]
-        images = dict.fromkeys(weights_of, clean)
-        if WORST in images and config.attack is not None:
-            images[WORST] = attacked(config.attack, clean, done, generator)
-        set_learning_rate(optimizer, config, done)
+    def step(images: Mapping[str, Tensor]) -> Values:
         values = {term: value_of(term, images[term]) for term in weights_of}
         optimizer.zero_grad(set_to_none=True)
-        (-sum(values.values(), torch.zeros((), device=clean.device))).backward()
+        (-torch.stack(tuple(values.values())).sum()).backward()
         nn.utils.clip_grad_norm_(weights, config.grad_clip)
         optimizer.step()
-        step = round(done * config.epochs * per_epoch)
-        decay = min(config.averaging, (1 + step) / (10 + step))
-        average_(averaged.values(), trained.values(), decay if config.averaging else 0.0)
-        return sum(weights_of[term] * value.item() for term, value in values.items())
+        found = {term: value.item() for term, value in values.items()}
+        objective = sum(weights_of[term] * value for term, value in found.items())
+        return {"bound_nats": objective, **{f"{term}_nats": v for term, v in found.items()}}
 
+    def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> Values:
+        clean, part = x[indices], ramp(done, config.eps_warmup)
+        set_learning_rate(optimizer, config, done)
+        if perturbation is not None:
+            reported = perturbation.replay(lambda images: step({WORST: images}), clean, part)
+        else:
+            images = dict.fromkeys(weights_of, clean)
+            if WORST in images and config.attack is not None:
+                loss_fn = attackers_loss(config, encoder, critics[WORST])
+                starts = starts_generator(generator, clean.device)
+                ramped = scaled(config.attack, part)
+                images[WORST] = ramped.attack(loss_fn, clean, generator=starts)
+            reported = step(images)
+        number = round(done * config.epochs * per_epoch)
+        decay = min(config.averaging, (1 + number) / (10 + number))
+        average_(averaged.values(), trained.values(), decay if config.averaging else 0.0)
+        return reported
+
+    def after_epoch(epoch: int) -> Values:
+        if config.attack is None or WORST not in critics:
+            return {}
+        part = ramp(epoch / config.epochs, config.eps_warmup)
+        probe = x[: config.batch_size]
+        return strength(config, scaled(config.attack, part), encoder, critics[WORST], probe)
+
+    further = {"perturbation": perturbation, **{f"{term}_bound": b for term, b in bounds.items()}}
+    modules = {
+        **trained,
+        **averaged,
+        **{name: part for name, part in further.items() if isinstance(part, nn.Module)},
+    }
     run_stage(
         Stage(
             owner="train_encoder",
@@ -126,11 +142,11 @@ def train_encoder(
             rows=len(x),
             epochs=config.epochs,
             batch_size=config.batch_size,
-            metric="bound_nats",
-            modules={**trained, **averaged},
+            modules=modules,
             optimizer=optimizer,
             train_batch=train_batch,
             on_batch=on_batch,
+            after_epoch=after_epoch,
         ),
         run,
     )

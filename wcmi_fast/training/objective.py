@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from wcmi_fast import functional
 from wcmi_fast.functional.bounds import MEASURES
 from wcmi_fast.functional.ema import EMAState
-from wcmi_fast.models import GlobalCritic, LocalCritic
+from wcmi_fast.models import BaselineH, GlobalCritic, LocalCritic
+from wcmi_fast.models.folding import folded
 from wcmi_fast.training.config import CriticGrad, EncoderConfig
 
 Bound = Callable[[Tensor, Tensor], Tensor]
@@ -40,6 +42,11 @@ class Critic:
     def to(self, device: torch.device) -> Critic:
         """Return both sides on a device."""
         return Critic(self.global_.to(device), self.local.to(device))
+
+    @property
+    def locations(self) -> int:
+        """P of the features."""
+        return cast(LocalCritic, self.local).locations
 
     def modules(self) -> dict[str, nn.Module]:
         """Return both sides by name."""
@@ -78,6 +85,15 @@ def new_critic(dim: int, units: int, input_shape: tuple[int, int, int]) -> Criti
     return Critic(GlobalCritic(dim, units=units), local)
 
 
+def share_convolutions_(critic: Critic, encoder: BaselineH) -> None:
+    """Let the image side see through the encoder's first convolutions instead of its own.
+
+    Source: Hjelm et al. 2019, figure 3.
+    """
+    local = cast(LocalCritic, critic.local)
+    local.convolutions = encoder.convolutions[: len(local.convolutions)]
+
+
 def weights_of_terms(config: EncoderConfig) -> dict[str, float]:
     """Return the weights in the objective of the terms that are computed."""
     if config.attack is None:
@@ -95,8 +111,56 @@ def modules_of(critics: Mapping[str, Critic]) -> dict[str, nn.Module]:
     return named
 
 
-def ascended(name: str) -> Bound:
-    """Return a bound for training; mine with a moving average of its own."""
+class Mine(nn.Module):
+    """The bound mine with its moving average in a buffer, so that a checkpoint holds it.
+
+    Args:
+        locations: P of the features.
+    """
+
+    log_mean: Tensor
+
+    def __init__(self, locations: int) -> None:
+        super().__init__()
+        self._state = EMAState()
+        self.register_buffer("log_mean", torch.full((locations,), torch.nan))
+
+    def forward(self, z: Tensor, h: Tensor) -> Tensor:
+        """Return the bound of z (N, U) and h (N, P, U), and move the average."""
+        begun = not bool(self.log_mean.isnan().any())
+        self._state.log_mean = self.log_mean if begun else None
+        value = functional.mine(z, h, ema_state=self._state)
+        if self._state.log_mean is not None:
+            self.log_mean = self._state.log_mean
+        return value
+
+
+def ascended(name: str, locations: int) -> Bound:
+    """Return a bound for training on features of P = locations."""
     if name not in BOUNDS:
         raise ValueError(f"train_encoder: bound is {name!r}, wanted one of {tuple(BOUNDS)}")
-    return partial(BOUNDS[name], ema_state=EMAState()) if name == "mine" else BOUNDS[name]
+    return Mine(locations) if name == "mine" else BOUNDS[name]
+
+
+def attackers_loss(
+    config: EncoderConfig, encoder: nn.Module, critic: Critic, *, refresh: int | None = None
+) -> Callable[[Tensor], Tensor]:
+    """Return the attacker's loss for one batch, with today's weights; see `information_loss`.
+
+    Args:
+        config: bound, critic_grad and critic_refresh.
+        encoder, critic: as they are trained; copies in eval mode are attacked.
+        refresh: in the place of config.critic_refresh.
+    """
+    return information_loss(
+        folded(encoder),
+        Critic(folded(critic.global_), folded(critic.local)),
+        attacked_bound(config),
+        config.critic_grad,
+        config.critic_refresh if refresh is None else refresh,
+    )
+
+
+def attacked_bound(config: EncoderConfig) -> Bound:
+    """Return the bound that attacks lower: mine's value is dv's."""
+    return BOUNDS["dv" if config.bound == "mine" else config.bound]

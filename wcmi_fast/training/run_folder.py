@@ -30,13 +30,13 @@ class Progress(NamedTuple):
     Attributes:
         epoch: whole epochs.
         batch: batches of the next one.
-        values: those of these batches.
+        values: what these batches reported.
         random: random states after them, by name, uint8.
     """
 
     epoch: int
     batch: int = 0
-    values: tuple[float, ...] = ()
+    values: tuple[Mapping[str, float], ...] = ()
     random: Mapping[str, Tensor] = {}
 
 

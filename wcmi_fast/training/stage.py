@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,15 @@ from wcmi_fast.training import signals
 from wcmi_fast.training.run_folder import Progress, RunFolder
 from wcmi_fast.training.seeds import seeded
 
-# Indices (B,), the part of training that is done, the epoch's generator -> the batch's value.
-TrainBatch = Callable[[Tensor, float, torch.Generator], float]
+# What a batch reports, by name: its value first.
+Values = Mapping[str, float]
+# Indices (B,), the part of training that is done, the epoch's generator -> what the batch reports.
+TrainBatch = Callable[[Tensor, float, torch.Generator], Values]
+OnBatch = Callable[[Values], None]
+
+
+def ignore(values: Values) -> None:
+    """Do nothing with what a batch reports."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +38,9 @@ class Stage:
         rows: number of examples.
         epochs: passes over them.
         batch_size: examples per batch; an incomplete last batch is left out.
-        metric: name of the mean of an epoch's values.
         modules, optimizer: what a checkpoint holds.
-        train_batch: does one step.
-        on_batch: called after every batch.
+        train_batch: does one step; means over an epoch of what it reports are its metrics.
+        on_batch: told after every batch what it reported.
         after_epoch: told how many epochs are done; returns further metrics.
         ended: whether to leave out the epochs that are left.
     """
@@ -44,11 +51,10 @@ class Stage:
     rows: int
     epochs: int
     batch_size: int
-    metric: str
     modules: Mapping[str, nn.Module]
     optimizer: Optimizer
     train_batch: TrainBatch
-    on_batch: Callable[[], None] = lambda: None
+    on_batch: OnBatch = ignore
     after_epoch: Callable[[int], Mapping[str, float]] = lambda epoch: {}
     ended: Callable[[], bool] = lambda: False
 
@@ -70,12 +76,16 @@ def run_stage(stage: Stage, run: RunFolder) -> None:
         with seeded(stage.seed, stage.name, at.epoch) as generator:
             values = _epoch(stage, run, at, generator)
         at = Progress(epoch=at.epoch + 1)
-        metrics = {stage.metric: sum(values) / len(values), **stage.after_epoch(at.epoch)}
+        metrics = {**_means(values), **stage.after_epoch(at.epoch)}
         run.save_epoch(stage.name, at.epoch, stage.modules, stage.optimizer, metrics)
         _stop_if_asked(stage, at)
 
 
-def _epoch(stage: Stage, run: RunFolder, at: Progress, generator: torch.Generator) -> list[float]:
+def _means(values: Sequence[Values]) -> dict[str, float]:
+    return {name: fmean(each[name] for each in values) for name in values[0]}
+
+
+def _epoch(stage: Stage, run: RunFolder, at: Progress, generator: torch.Generator) -> list[Values]:
     order = batches(stage.rows, stage.batch_size, generator)
     per_epoch = stage.rows // stage.batch_size
     values = list(at.values)
@@ -88,7 +98,7 @@ def _epoch(stage: Stage, run: RunFolder, at: Progress, generator: torch.Generato
         done = (at.epoch * per_epoch + batch) / (stage.epochs * per_epoch)
         values.append(stage.train_batch(indices, done, generator))
         _check_finite(stage, values[-1], at.epoch, batch)
-        stage.on_batch()
+        stage.on_batch(values[-1])
         if batch + 1 == per_epoch:
             break
         asked = signals.received() is not None
@@ -106,10 +116,12 @@ def _stop_if_asked(stage: Stage, at: Progress) -> None:
         raise signals.StoppedError(asked, stage.name, at.epoch, at.batch)
 
 
-def _check_finite(stage: Stage, value: float, epoch: int, batch: int) -> None:
-    if not math.isfinite(value):
+def _check_finite(stage: Stage, values: Values, epoch: int, batch: int) -> None:
+    for name, value in values.items():
+        if math.isfinite(value):
+            continue
         raise FloatingPointError(
-            f"{stage.owner}: the value is {value} in stage {stage.name!r}, epoch {epoch}, batch "
+            f"{stage.owner}: {name} is {value} in stage {stage.name!r}, epoch {epoch}, batch "
             f"{batch}; try a lower learning_rate or grad_clip, or a longer eps_warmup"
         )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
 from wcmi_fast.attacks import PGD
@@ -39,14 +39,6 @@ def set_learning_rate(optimizer: Optimizer, config: TrainingConfig, done: float)
     value = config.learning_rate * factor(config.schedule, done)
     for group in optimizer.param_groups:
         group["lr"] = value
-
-
-def descend(optimizer: Optimizer, loss: Tensor) -> float:
-    """Take a step down a loss; return its value."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.item()
 
 
 @torch.no_grad()

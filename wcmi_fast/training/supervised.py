@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from wcmi_fast.attacks import PGD
 from wcmi_fast.data import Feed, fed
 from wcmi_fast.models import LinearHead, MLPHead
 from wcmi_fast.models.folding import folded
 from wcmi_fast.training.config import ClassifierConfig, HeadConfig
 from wcmi_fast.training.evaluation import accuracy, classification_loss, represent
+from wcmi_fast.training.free import Perturbation
 from wcmi_fast.training.run_folder import RunFolder
 from wcmi_fast.training.seeds import seeded, starts_generator
-from wcmi_fast.training.stage import Stage, run_stage
-from wcmi_fast.training.steps import descend, new_optimizer, ramp, scaled, set_learning_rate
+from wcmi_fast.training.stage import OnBatch, Stage, Values, ignore, run_stage
+from wcmi_fast.training.steps import new_optimizer, ramp, scaled, set_learning_rate
 from wcmi_fast.training.watch import Watch, Watched
-
-# Indices (B,), the part of training that is done and the epoch's generator -> representations.
-BatchFeatures = Callable[[Tensor, float, torch.Generator], Tensor]
 
 
 def train_head(
@@ -35,7 +33,7 @@ def train_head(
     seed: int,
     stage: str,
     run: RunFolder,
-    on_batch: Callable[[], None] = lambda: None,
+    on_batch: OnBatch = ignore,
 ) -> nn.Module:
     """Train a head on a frozen encoder by cross-entropy, on attacked images if robust.
 
@@ -49,8 +47,8 @@ def train_head(
         classes: number of classes.
         seed: decides weights, dropout and order of the data.
         stage: name under which checkpoints and metrics go.
-        run: folder of the run; an interrupted stage goes on after its last epoch.
-        on_batch: called after every batch.
+        run: folder of the run; an interrupted stage goes on after its last checkpoint.
+        on_batch: told after every batch what it reports, by name.
 
     Returns:
         The head, in eval mode.
@@ -60,41 +58,10 @@ def train_head(
         CheckpointError: a checkpoint in `run` cannot be read or does not fit.
     """
     fixed, x, y = folded(encoder), fed(x), fed(y)
-    rows = _trained_rows("train_head", config.watch, len(x), config.batch_size)
     with seeded(seed, stage, "weights"):
         build: type[nn.Module] = MLPHead if config.kind == "mlp" else LinearHead
         head = build(represent(fixed, x[:1]).shape[1], classes).to(x.device)
-    optimizer = new_optimizer(config, head.parameters())
-    watched = _watched(config.watch, head, "train_head", stage, fixed, x, y)
-    if config.attack is None:
-        batch_features = _clean_features(fixed, x)
-    else:
-        batch_features = _attacked_features(config.attack, config.eps_warmup, fixed, head, x, y)
-
-    def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> float:
-        set_learning_rate(optimizer, config, done)
-        features = batch_features(indices, done, generator)
-        loss = cross_entropy(head.train()(features), y[indices])
-        return descend(optimizer, loss)
-
-    run_stage(
-        Stage(
-            owner="train_head",
-            name=stage,
-            seed=seed,
-            rows=rows,
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            metric="loss_nats",
-            modules={"head": head, **_modules_watched(watched)},
-            optimizer=optimizer,
-            train_batch=train_batch,
-            on_batch=on_batch,
-            **_hooks(watched),
-        ),
-        run,
-    )
-    return (watched.result() if watched else head).eval().requires_grad_(False)
+    return _fit(_Fit("train_head", config, fixed, head, x, y), seed, stage, run, on_batch)
 
 
 def train_classifier(
@@ -106,7 +73,7 @@ def train_classifier(
     seed: int,
     stage: str,
     run: RunFolder,
-    on_batch: Callable[[], None] = lambda: None,
+    on_batch: OnBatch = ignore,
 ) -> nn.Module:
     """Train a classifier by cross-entropy, on attacked images if its config has an attack.
 
@@ -117,8 +84,8 @@ def train_classifier(
         y: labels (N,), int64, on the same device; or a `Feed`.
         seed: decides dropout, the attack's starts and the order of the data; not the first weights.
         stage: name under which checkpoints and metrics go.
-        run: folder of the run; an interrupted stage goes on after its last epoch.
-        on_batch: called after every batch.
+        run: folder of the run; an interrupted stage goes on after its last checkpoint.
+        on_batch: told after every batch what it reports, by name.
 
     Returns:
         The model, in eval mode, without gradient.
@@ -128,32 +95,59 @@ def train_classifier(
         CheckpointError: a checkpoint in `run` cannot be read or does not fit.
     """
     x, y = fed(x), fed(y)
-    rows = _trained_rows("train_classifier", config.watch, len(x), config.batch_size)
     model = model.to(x.device).to(memory_format=torch.channels_last)
+    fit = _Fit("train_classifier", config, nn.Identity(), model, x, y)
+    return _fit(fit, seed, stage, run, on_batch)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What is fitted: images x through a fixed encoder and a trained model to the logits of y."""
+
+    owner: str
+    config: HeadConfig | ClassifierConfig
+    encoder: nn.Module
+    model: nn.Module
+    x: Feed
+    y: Feed
+
+
+def _fit(fit: _Fit, seed: int, stage: str, run: RunFolder, on_batch: OnBatch) -> nn.Module:
+    config, model = fit.config, fit.model
+    rows = _trained_rows(fit.owner, config.watch, len(fit.x), config.batch_size)
     optimizer = new_optimizer(config, model.parameters())
-    watched = _watched(config.watch, model, "train_classifier", stage, None, x, y)
+    watched = None if config.watch is None else _watched(fit, config.watch, stage)
+    perturbation = Perturbation.of(config, fit.x)
+    features_of = _features_of(fit)
 
-    def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> float:
-        images, labels = x[indices], y[indices]
-        if config.attack is not None:
-            attack = scaled(config.attack, ramp(done, config.eps_warmup))
-            loss_fn = classification_loss(folded(model), nn.Identity(), labels)
-            starts = starts_generator(generator, images.device)
-            images = attack.attack(loss_fn, images, generator=starts)
+    def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> Values:
+        labels = fit.y[indices]
         set_learning_rate(optimizer, config, done)
-        loss = cross_entropy(model.train()(images), labels)
-        return descend(optimizer, loss)
 
+        def step(features: Tensor) -> Values:
+            logits = model.train()(features)
+            loss = cross_entropy(logits, labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            right = (logits.argmax(1) == labels).float().mean()
+            return {"loss_nats": loss.item(), "training_accuracy": right.item()}
+
+        if perturbation is not None:
+            part = ramp(done, config.eps_warmup)
+            return perturbation.replay(lambda x: step(fit.encoder(x)), fit.x[indices], part)
+        return step(features_of(indices, done, generator))
+
+    modules = {"model": model, "watched": watched, "perturbation": perturbation}
     run_stage(
         Stage(
-            owner="train_classifier",
+            owner=fit.owner,
             name=stage,
             seed=seed,
             rows=rows,
             epochs=config.epochs,
             batch_size=config.batch_size,
-            metric="loss_nats",
-            modules={"model": model, **_modules_watched(watched)},
+            modules={name: module for name, module in modules.items() if module is not None},
             optimizer=optimizer,
             train_batch=train_batch,
             on_batch=on_batch,
@@ -162,6 +156,24 @@ def train_classifier(
         run,
     )
     return (watched.result() if watched else model).eval().requires_grad_(False)
+
+
+def _features_of(fit: _Fit) -> Callable[[Tensor, float, torch.Generator], Tensor]:
+    """Return what a step is made on: of indices (B,), the part of training done, a generator."""
+    if fit.config.attack is None:
+        fixed = isinstance(fit.encoder, nn.Identity)
+        features = fit.x if fixed else fed(represent(fit.encoder, fit.x))
+        return lambda indices, done, generator: features[indices]
+    attack = fit.config.attack
+
+    def attacked(indices: Tensor, done: float, generator: torch.Generator) -> Tensor:
+        clean, labels = fit.x[indices], fit.y[indices]
+        loss_fn = classification_loss(fit.encoder, folded(fit.model), labels)
+        ramped = scaled(attack, ramp(done, fit.config.eps_warmup))
+        starts = starts_generator(generator, clean.device)
+        return represent(fit.encoder, ramped.attack(loss_fn, clean, generator=starts))
+
+    return attacked
 
 
 def _trained_rows(owner: str, watch: Watch | None, rows: int, batch_size: int) -> int:
@@ -176,51 +188,17 @@ def _trained_rows(owner: str, watch: Watch | None, rows: int, batch_size: int) -
     return rows - watch.rows
 
 
-def _watched(
-    watch: Watch | None,
-    model: nn.Module,
-    owner: str,
-    stage: str,
-    encoder: nn.Module | None,
-    x: Feed,
-    y: Feed,
-) -> Watched | None:
-    """Return what looks at the last rows after every epoch, if that is wanted."""
-    if watch is None:
-        return None
-    held = slice(len(x) - watch.rows, len(x))
+def _watched(fit: _Fit, watch: Watch, stage: str) -> Watched:
+    """Return what looks at the last rows after every epoch."""
+    held = slice(len(fit.x) - watch.rows, len(fit.x))
 
     def measure() -> float:
-        before, head = (model, nn.Identity()) if encoder is None else (encoder, model)
-        return accuracy(before, head, x[held], y[held], attack=watch.attack)
+        return accuracy(fit.encoder, fit.model, fit.x[held], fit.y[held], attack=watch.attack)
 
-    return Watched(watch, model, measure, owner, stage).to(x.device)
-
-
-def _modules_watched(watched: Watched | None) -> dict[str, nn.Module]:
-    return {} if watched is None else {"watched": watched}
+    return Watched(watch, fit.model, measure, fit.owner, stage).to(fit.x.device)
 
 
 def _hooks(watched: Watched | None) -> dict[str, Any]:
     if watched is None:
         return {}
     return {"after_epoch": watched.after_epoch, "ended": lambda: bool(watched.ended)}
-
-
-def _clean_features(encoder: nn.Module, x: Feed) -> BatchFeatures:
-    features = fed(represent(encoder, x))
-    return lambda indices, done, generator: features[indices]
-
-
-def _attacked_features(
-    attack: PGD, eps_warmup: float, encoder: nn.Module, head: nn.Module, x: Feed, y: Feed
-) -> BatchFeatures:
-    def batch_features(indices: Tensor, done: float, generator: torch.Generator) -> Tensor:
-        loss_fn = classification_loss(encoder, folded(head), y[indices])
-        ramped = scaled(attack, ramp(done, eps_warmup))
-        clean = x[indices]
-        starts = starts_generator(generator, clean.device)
-        x_adv = ramped.attack(loss_fn, clean, generator=starts)
-        return represent(encoder, x_adv)
-
-    return batch_features

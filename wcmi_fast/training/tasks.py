@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from wcmi_fast.training.config import (
     EncoderConfig,
     HeadConfig,
     HeadKind,
+    OptimizerName,
+    TrainingConfig,
 )
 from wcmi_fast.training.encoder import train_encoder
 from wcmi_fast.training.evaluation import accuracy
@@ -69,12 +71,21 @@ class Task:
     """Steps of the attack on the test images, each of 2.5 eps / test_steps."""
     eps_warmup: float = 0.4
     """Part of training over which eps and step size grow linearly to their value."""
+    free: int = 0
+    """So many replays of every batch, in each of which one backward pass moves the weights and the
+    images; 0 attacks each batch in steps instead. Divide epochs by it for equal time."""
     epochs: int = 8
     """Passes over the training images."""
     batch_size: int = 64
     """Images per batch; an incomplete last batch is left out."""
+    optimizer: OptimizerName = "adam"
+    """adam, or sgd with Nesterov's momentum."""
     learning_rate: float = 2e-3
-    """Adam's learning rate, times what the schedule says."""
+    """The optimiser's learning rate, times what the schedule says."""
+    momentum: float = 0.9
+    """Of sgd."""
+    weight_decay: float = 0.0
+    """Times the weights, is added to their gradients."""
     schedule: Schedule = "one_cycle"
     """one_cycle rises over a fifth of training, then falls along a cosine to 0; linear falls to 0;
     steps is divided by 10 after each quarter; constant."""
@@ -106,6 +117,8 @@ class EncoderTask(Task):
     """Attack through both sides of the critic (full), or the encoder only, as the authors do."""
     critic_refresh: int = 1
     """With encoder_only, recompute the image side every so many attack steps; 1 is exact."""
+    shared_critic: bool = False
+    """Let the critic see images through the encoder's first convolutions, for beta 0 or 1."""
     units: int = 64
     """Size U of the critic's features."""
     grad_clip: float = 1.0
@@ -155,7 +168,7 @@ class HeadTask(Supervised):
     batch_size: int = 128
     """Images per batch; an incomplete last batch is left out."""
     learning_rate: float = 1e-3
-    """Adam's learning rate, times what the schedule says."""
+    """The optimiser's learning rate, times what the schedule says."""
     schedule: Schedule = "linear"
     """one_cycle rises over a fifth of training, then falls along a cosine to 0; linear falls to 0;
     steps is divided by 10 after each quarter; constant."""
@@ -235,6 +248,12 @@ def _check_rows(task: Task, rows: int) -> None:
         )
 
 
+def _common(task: Task) -> dict[str, Any]:
+    """Return the options that `TrainingConfig` has by the same names."""
+    names = {each.name for each in fields(TrainingConfig)} & {each.name for each in fields(Task)}
+    return {name: getattr(task, name) for name in sorted(names)}
+
+
 def _encoder(task: EncoderTask, data: Data) -> Work:
     if task.bound not in BOUNDS:
         close = difflib.get_close_matches(task.bound, BOUNDS, n=1)
@@ -247,14 +266,11 @@ def _encoder(task: EncoderTask, data: Data) -> Work:
         bound=task.bound,
         critic_grad=task.critic_grad,
         critic_refresh=task.critic_refresh,
-        eps_warmup=task.eps_warmup,
+        shared_critic=task.shared_critic,
         units=task.units,
-        epochs=task.epochs,
-        batch_size=task.batch_size,
-        learning_rate=task.learning_rate,
-        schedule=task.schedule,
         grad_clip=task.grad_clip,
         averaging=task.averaging,
+        **_common(task),
     )
 
     def work(run: RunFolder, progress: Progress) -> dict[str, Any]:
@@ -264,7 +280,7 @@ def _encoder(task: EncoderTask, data: Data) -> Work:
             seed=task.seed,
             stage="encoder",
             run=run,
-            on_batch=lambda: progress.advance(1),
+            on_batch=lambda values: progress.advance(1),
         )
         whole = models.baseline_h(shape, classes=config.dim)
         whole.load_state_dict({**whole.state_dict(), **encoder.state_dict()})
@@ -284,11 +300,7 @@ def _head(task: HeadTask, data: Data) -> Work:
         attack=task.attack() if task.robust else None,
         kind=task.kind,
         watch=task.watch(),
-        eps_warmup=task.eps_warmup,
-        epochs=task.epochs,
-        batch_size=task.batch_size,
-        learning_rate=task.learning_rate,
-        schedule=task.schedule,
+        **_common(task),
     )
 
     def work(run: RunFolder, progress: Progress) -> dict[str, Any]:
@@ -301,7 +313,7 @@ def _head(task: HeadTask, data: Data) -> Work:
             seed=task.seed,
             stage="head",
             run=run,
-            on_batch=lambda: progress.advance(1),
+            on_batch=lambda values: progress.advance(1),
         )
         parts = {f"head.{name}": value for name, value in head.state_dict().items()}
         whole.load_state_dict({**encoder.state_dict(), **parts})
@@ -314,11 +326,7 @@ def _classifier(task: ClassifierTask, data: Data) -> Work:
     config = ClassifierConfig(
         attack=task.attack() if task.robust else None,
         watch=task.watch(),
-        eps_warmup=task.eps_warmup,
-        epochs=task.epochs,
-        batch_size=task.batch_size,
-        learning_rate=task.learning_rate,
-        schedule=task.schedule,
+        **_common(task),
     )
     with seeded(task.seed, "classifier", "weights"):
         model = models.load(task.network, input_shape=_shape(data), classes=_classes(data))
@@ -332,7 +340,7 @@ def _classifier(task: ClassifierTask, data: Data) -> Work:
             seed=task.seed,
             stage="classifier",
             run=run,
-            on_batch=lambda: progress.advance(1),
+            on_batch=lambda values: progress.advance(1),
         )
         return _evaluated(task, trained, data, run)
 

@@ -1,0 +1,201 @@
+"""Options of training: optimisers, the shared critic, what the attack is worth, mine's average."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from wcmi_fast import PGD
+from wcmi_fast.models import BaselineH
+from wcmi_fast.training import (
+    ClassifierConfig,
+    EncoderConfig,
+    RunFolder,
+    train_classifier,
+    train_encoder,
+)
+from wcmi_fast.training.objective import Mine, new_critic
+from wcmi_fast.training.stage import Values, ignore
+from wcmi_fast.training.steps import new_optimizer
+from wcmi_fast.training.strength import strength
+
+SHAPE = (1, 8, 8)
+ATTACK = PGD(eps=0.2, step_size=0.1, steps=3)
+SMALL = EncoderConfig(attack=ATTACK, dim=4, units=8, epochs=2, batch_size=8)
+
+
+def images(n: int = 24) -> Tensor:
+    return torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(3))
+
+
+class Stop:
+    """Ends a run after so many batches."""
+
+    def __init__(self, batches: int) -> None:
+        self.left = batches
+
+    def __call__(self, values: Values) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+def trained(config: EncoderConfig, folder: Path, on_batch: Any = ignore) -> list[Tensor]:
+    run = RunFolder(folder, every=1)
+    encoder, critic = train_encoder(config, images(), seed=0, stage="e", run=run, on_batch=on_batch)
+    modules = (encoder, critic.global_, critic.local)
+    return [value for module in modules for value in module.state_dict().values()]
+
+
+def resumes(config: EncoderConfig, tmp_path: Path) -> bool:
+    wanted = trained(config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained(config, tmp_path / "cut", Stop(4))
+    return all(map(torch.equal, trained(config, tmp_path / "cut"), wanted))
+
+
+@pytest.mark.parametrize(("momentum", "decay"), [(0.9, 0.1), (0.0, 0.0)])
+def test_sgd_is_nesterovs(momentum: float, decay: float) -> None:
+    config = ClassifierConfig(
+        attack=None, optimizer="sgd", learning_rate=0.1, momentum=momentum, weight_decay=decay
+    )
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = new_optimizer(config, [weight])
+    value, velocity = weight.detach().clone(), torch.zeros(2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        weight.square().sum().backward()
+        optimizer.step()
+        grad = 2 * value + decay * value
+        velocity = momentum * velocity + grad
+        value = value - 0.1 * (grad + momentum * velocity)
+    torch.testing.assert_close(weight.detach(), value)
+
+
+def test_adam_decays_weights_through_the_gradient() -> None:
+    found = []
+    for decay in (0.0, 0.5):
+        config = ClassifierConfig(attack=None, learning_rate=0.1, weight_decay=decay)
+        weight = torch.nn.Parameter(torch.tensor([1.0]))
+        optimizer = new_optimizer(config, [weight])
+        (0.0 * weight).sum().backward()
+        optimizer.step()
+        found.append(weight.item())
+    # Adam's first step has the length of the learning rate wherever the gradient is not 0.
+    assert found == pytest.approx([1.0, 0.9])
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_sgd_resumes(momentum: float, tmp_path: Path) -> None:
+    assert resumes(replace(SMALL, optimizer="sgd", momentum=momentum), tmp_path)
+
+
+def test_the_moving_average_of_mine_is_in_checkpoints(tmp_path: Path) -> None:
+    assert resumes(replace(SMALL, bound="mine"), tmp_path)
+
+
+def test_mine_with_its_average_kept_in_a_buffer() -> None:
+    bound = Mine(3)
+    z, h = torch.randn(5, 4), torch.randn(5, 3, 4)
+    bound(z, h)
+    first = bound.log_mean.clone()
+    bound(2 * z, h)
+    assert torch.isfinite(first).all()
+    assert not torch.equal(bound.log_mean, first)
+
+
+def test_a_shared_critic_has_the_encoders_convolutions(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    config = replace(SMALL, shared_critic=True)
+    encoder, critic = train_encoder(config, images(), seed=0, stage="e", run=run)
+    shared = critic.local.get_parameter("convolutions.0.weight")
+    assert torch.equal(shared, encoder.get_parameter("convolutions.0.weight"))
+    start = BaselineH(SHAPE, dim=4).get_parameter("convolutions.0.weight")
+    assert not torch.equal(shared, start)
+    alone, own = train_encoder(
+        replace(config, shared_critic=False),
+        images(),
+        seed=0,
+        stage="e",
+        run=RunFolder(tmp_path / "own"),
+    )
+    assert not torch.equal(
+        own.local.get_parameter("convolutions.0.weight"),
+        alone.get_parameter("convolutions.0.weight"),
+    )
+
+
+def test_a_shared_critic_resumes(tmp_path: Path) -> None:
+    assert resumes(replace(SMALL, shared_critic=True), tmp_path)
+
+
+def test_strength_is_what_the_attack_takes_away(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    encoder, critic = BaselineH(SHAPE, dim=4).eval(), new_critic(4, 8, SHAPE)
+    x = images(8)
+    found = strength(SMALL, ATTACK, encoder, critic, x)
+    assert found.keys() == {"probe_clean", "probe_attacked"}
+    assert found["probe_attacked"] < found["probe_clean"] - 0.01
+    nothing = strength(SMALL, replace(ATTACK, eps=0.0), encoder, critic, x)
+    assert nothing["probe_attacked"] == nothing["probe_clean"] == found["probe_clean"]
+
+
+@pytest.mark.parametrize(("refresh", "loses"), [(0, True), (2, True), (3, True), (1, None)])
+def test_what_a_kept_image_side_loses(refresh: int, loses: bool | None) -> None:
+    torch.manual_seed(0)
+    encoder, critic = BaselineH(SHAPE, dim=4).eval(), new_critic(4, 8, SHAPE)
+    config = replace(SMALL, critic_grad="encoder_only", critic_refresh=refresh)
+    found = strength(config, ATTACK, encoder, critic, images(8))
+    if loses is None:
+        assert "refresh_lost" not in found
+        return
+    exact = strength(replace(config, critic_refresh=1), ATTACK, encoder, critic, images(8))
+    assert found["refresh_lost"] == found["probe_attacked"] - exact["probe_attacked"]
+    assert found["refresh_lost"] != 0.0
+
+
+def test_an_encoders_metrics(tmp_path: Path) -> None:
+    config = replace(SMALL, beta=0.25, critic_grad="encoder_only", critic_refresh=2)
+    trained(config, tmp_path)
+    for record in RunFolder(tmp_path).metrics():
+        wanted = 0.75 * record["information_nats"] + 0.25 * record["worst_case_nats"]
+        assert record["bound_nats"] == pytest.approx(wanted)
+        assert {"probe_clean", "probe_attacked", "refresh_lost"} <= record.keys()
+    trained(replace(SMALL, beta=0.0), tmp_path / "plain")
+    assert "probe_clean" not in RunFolder(tmp_path / "plain").metrics()[-1]
+
+
+def test_a_classifiers_metrics(tmp_path: Path) -> None:
+    x, y = images(), torch.arange(24) % 3
+    torch.manual_seed(0)
+    config = ClassifierConfig(attack=None, epochs=1, batch_size=24, learning_rate=0.0)
+    model = BaselineH(SHAPE, dim=3)
+    run = RunFolder(tmp_path)
+    train_classifier(config, model, x, y, seed=0, stage="c", run=run)
+    (record,) = run.metrics()
+    with torch.no_grad():
+        logits = model.train()(x)
+    assert record["loss_nats"] == pytest.approx(
+        float(torch.nn.functional.cross_entropy(logits, y)), rel=1e-5
+    )
+    assert record["training_accuracy"] == pytest.approx(
+        float((logits.argmax(1) == y).float().mean())
+    )
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="EncoderConfig: optimizer is 'lion', wanted 'adam' or"):
+        replace(SMALL, optimizer="lion")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"momentum is 1.0, wanted 0 or more, below 1"):
+        replace(SMALL, momentum=1.0)
+    for decay in (-0.1, math.inf):
+        with pytest.raises(ValueError, match=f"weight_decay is {decay}, wanted a finite number"):
+            replace(SMALL, weight_decay=decay)
+    with pytest.raises(ValueError, match="beta is 0.5 with shared_critic, wanted 0 or 1"):
+        replace(SMALL, beta=0.5, shared_critic=True)
