@@ -15,6 +15,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
@@ -82,6 +83,28 @@ class CMakeBuild(build_ext):
         )
 
 
+class RevisionBuild(build_py):
+    """Write the git revision into the package, where there is one."""
+
+    def run(self) -> None:
+        """Build, then write wcmi_fast/revision.txt beside the modules."""
+        super().run()
+        if self.editable_mode:
+            return
+        try:
+            found = subprocess.run(
+                # The hash alone, without a tag's name.
+                ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
+                cwd=ROOT,
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+        except (OSError, subprocess.CalledProcessError):
+            return
+        (Path(self.build_lib) / "wcmi_fast" / "revision.txt").write_text(found)
+
+
 def extensions() -> list[Extension]:
     """List the extensions to build; `auto` makes CUDA optional (setuptools warns and goes on)."""
     cpu = Extension("wcmi_fast._cpu", sources=[])
@@ -91,4 +114,4 @@ def extensions() -> list[Extension]:
     return [cpu, Extension("wcmi_fast._cuda", sources=[], optional=choice == "auto")]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=extensions(), cmdclass={"build_ext": CMakeBuild, "build_py": RevisionBuild})

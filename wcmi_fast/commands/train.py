@@ -85,8 +85,9 @@ def execute(command: TrainCommand, console: Console) -> None:
     folder = chosen.out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     console.print(f"Run folder: {folder}", soft_wrap=True)
     rows = len(datasets.load(task.data).x_train)
+    work, rate = tasks.batches_of(task, rows), (task.batch_size, "images/s")
     try:
-        with signals.finishing_steps(), shown(None, tasks.batches_of(task, rows)) as progress:
+        with signals.finishing_steps(), shown(None, work, rate=rate) as progress:
             progress.say(name)
             results = tasks.train(task, folder, progress)
     except signals.StoppedError as stopped:

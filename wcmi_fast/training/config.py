@@ -33,6 +33,9 @@ class TrainingConfig:
         momentum: of "sgd".
         weight_decay: times the weights, is added to their gradients.
         schedule: of the learning rate; see `schedule.factor`.
+        amp: convolutions and products in bfloat16, in attacks and steps; weights stay as they are.
+        compile: let torch.compile fuse the forward and backward pass of a step (not of attacks,
+            whose weights are folded anew for every batch).
 
     Raises:
         ValueError: a field out of its range.
@@ -48,6 +51,8 @@ class TrainingConfig:
     momentum: float = 0.9
     weight_decay: float = 0.0
     schedule: Schedule = "one_cycle"
+    amp: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         owner = type(self).__name__

@@ -25,7 +25,15 @@ from wcmi_fast.training.objective import (
 from wcmi_fast.training.run_folder import RunFolder
 from wcmi_fast.training.seeds import seeded, starts_generator
 from wcmi_fast.training.stage import OnBatch, Stage, Values, ignore, run_stage
-from wcmi_fast.training.steps import average_, new_optimizer, ramp, scaled, set_learning_rate
+from wcmi_fast.training.steps import (
+    autocast,
+    average_,
+    new_optimizer,
+    ramp,
+    scaled,
+    set_learning_rate,
+    stepped,
+)
 from wcmi_fast.training.strength import strength
 
 
@@ -86,15 +94,23 @@ def train_encoder(
     perturbation = Perturbation.of(config, x)
     per_epoch = len(x) // config.batch_size
 
+    encode = stepped(config, encoder)
+    sides = {
+        term: (stepped(config, critic.global_), stepped(config, critic.local))
+        for term, critic in critics.items()
+    }
+
     def value_of(term: str, images: Tensor) -> Tensor:
-        z = encoder(images)
+        z = encode(images)
         if weights_of[term] != 1:
             # The encoder ascends by the term's weight; its critic always ascends fully.
             z.register_hook(lambda dz: weights_of[term] * dz)
-        return bounds[term](critics[term].global_(z), critics[term].local(images))
+        global_, local = sides[term]
+        return bounds[term](global_(z), local(images))
 
     def step(images: Mapping[str, Tensor]) -> Values:
-        values = {term: value_of(term, images[term]) for term in weights_of}
+        with autocast(config, x.device):
+            values = {term: value_of(term, images[term]) for term in weights_of}
         optimizer.zero_grad(set_to_none=True)
         (-torch.stack(tuple(values.values())).sum()).backward()
         nn.utils.clip_grad_norm_(weights, config.grad_clip)
@@ -114,7 +130,8 @@ def train_encoder(
                 loss_fn = attackers_loss(config, encoder, critics[WORST])
                 starts = starts_generator(generator, clean.device)
                 ramped = scaled(config.attack, part)
-                images[WORST] = ramped.attack(loss_fn, clean, generator=starts)
+                with autocast(config, x.device):
+                    images[WORST] = ramped.attack(loss_fn, clean, generator=starts)
             reported = step(images)
         number = round(done * config.epochs * per_epoch)
         decay = min(config.averaging, (1 + number) / (10 + number))
@@ -126,7 +143,8 @@ def train_encoder(
             return {}
         part = ramp(epoch / config.epochs, config.eps_warmup)
         probe = x[: config.batch_size]
-        return strength(config, scaled(config.attack, part), encoder, critics[WORST], probe)
+        with autocast(config, x.device):
+            return strength(config, scaled(config.attack, part), encoder, critics[WORST], probe)
 
     further = {"perturbation": perturbation, **{f"{term}_bound": b for term, b in bounds.items()}}
     modules = {

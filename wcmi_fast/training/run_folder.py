@@ -48,13 +48,21 @@ class RunFolder:
         every: batches between the checkpoints within an epoch; None makes none there.
         keep: how many checkpoints of a stage are kept; if the newest cannot be read, the one before
             it serves.
+        on_record: told every record that goes into the metrics.
 
     Raises:
         OSError: it cannot be made or written to.
     """
 
-    def __init__(self, path: Path, *, every: int | None = None, keep: int = 2) -> None:
-        self.path, self.every, self.keep = path, every, keep
+    def __init__(
+        self,
+        path: Path,
+        *,
+        every: int | None = None,
+        keep: int = 2,
+        on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
+    ) -> None:
+        self.path, self.every, self.keep, self._on_record = path, every, keep, on_record
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -126,6 +134,7 @@ class RunFolder:
         self._write(stage, f"epoch-{epoch:04d}", checkpoint.pack(modules, optimizer), record)
         with (self.path / METRICS).open("a") as file:
             file.write(json.dumps(record) + "\n")
+        self._on_record(record)
 
     def save(
         self, stage: str, at: Progress, modules: Mapping[str, nn.Module], optimizer: Optimizer

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from wcmi_fast.attacks import PGD
@@ -23,6 +24,34 @@ def scaled(attack: PGD, part: float) -> PGD:
 def ramp(done: float, warmup: float) -> float:
     """Return the part of eps that applies when a part of training is done."""
     return min(1.0, done / warmup) if warmup > 0 else 1.0
+
+
+def autocast(config: TrainingConfig, device: torch.device) -> torch.autocast:
+    """Return the context of a config's attacks and steps.
+
+    Raises:
+        ValueError: the config wants bfloat16, and the device computes no products in it.
+    """
+    if config.amp and not has_bfloat16(device.type):
+        raise ValueError(
+            f"{type(config).__name__}: amp is True, and {device.type} has no products in bfloat16 "
+            "here, wanted False"
+        )
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.amp)
+
+
+def has_bfloat16(device_type: str) -> bool:
+    """Whether products in bfloat16 have instructions of their own on a device."""
+    if device_type == "cuda":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+    # Older releases of torch do not tell.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def stepped(config: TrainingConfig, module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what a training step calls for a module: itself, or compiled."""
+    return torch.compile(module) if config.compile else module
 
 
 def new_optimizer(config: TrainingConfig, weights: Iterable[nn.Parameter]) -> Optimizer:

@@ -19,7 +19,14 @@ from wcmi_fast.training.free import Perturbation
 from wcmi_fast.training.run_folder import RunFolder
 from wcmi_fast.training.seeds import seeded, starts_generator
 from wcmi_fast.training.stage import OnBatch, Stage, Values, ignore, run_stage
-from wcmi_fast.training.steps import new_optimizer, ramp, scaled, set_learning_rate
+from wcmi_fast.training.steps import (
+    autocast,
+    new_optimizer,
+    ramp,
+    scaled,
+    set_learning_rate,
+    stepped,
+)
 from wcmi_fast.training.watch import Watch, Watched
 
 
@@ -118,15 +125,17 @@ def _fit(fit: _Fit, seed: int, stage: str, run: RunFolder, on_batch: OnBatch) ->
     optimizer = new_optimizer(config, model.parameters())
     watched = None if config.watch is None else _watched(fit, config.watch, stage)
     perturbation = Perturbation.of(config, fit.x)
-    features_of = _features_of(fit)
+    features_of, forward = _features_of(fit), stepped(config, model)
 
     def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> Values:
         labels = fit.y[indices]
         set_learning_rate(optimizer, config, done)
 
         def step(features: Tensor) -> Values:
-            logits = model.train()(features)
-            loss = cross_entropy(logits, labels)
+            model.train()
+            with autocast(config, fit.x.device):
+                logits = forward(features)
+                loss = cross_entropy(logits, labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -171,7 +180,8 @@ def _features_of(fit: _Fit) -> Callable[[Tensor, float, torch.Generator], Tensor
         loss_fn = classification_loss(fit.encoder, folded(fit.model), labels)
         ramped = scaled(attack, ramp(done, fit.config.eps_warmup))
         starts = starts_generator(generator, clean.device)
-        return represent(fit.encoder, ramped.attack(loss_fn, clean, generator=starts))
+        with autocast(fit.config, clean.device):
+            return represent(fit.encoder, ramped.attack(loss_fn, clean, generator=starts))
 
     return attacked
 

@@ -16,10 +16,11 @@ from torch import nn
 from wcmi_fast import datasets, models
 from wcmi_fast.attacks import PGD
 from wcmi_fast.data import Data, Feed
-from wcmi_fast.diagnosis import versions
+from wcmi_fast.diagnosis import revision, versions
 from wcmi_fast.files import write_file
 from wcmi_fast.models.loading import read_state
 from wcmi_fast.progress import Progress
+from wcmi_fast.training.board import writer
 from wcmi_fast.training.checkpoint import save_weights
 from wcmi_fast.training.config import (
     ClassifierConfig,
@@ -36,10 +37,11 @@ from wcmi_fast.training.objective import BOUNDS
 from wcmi_fast.training.run_folder import SETTINGS, RunFolder
 from wcmi_fast.training.schedule import Schedule
 from wcmi_fast.training.seeds import seeded
+from wcmi_fast.training.stage import OnBatch, Values
 from wcmi_fast.training.supervised import train_classifier, train_head
 from wcmi_fast.training.watch import Watch
 
-CONFIG, RESULTS = "config.toml", "results.json"
+CONFIG, RESULTS, BOARD = "config.toml", "results.json", "tensorboard"
 ENCODER, CLASSIFIER = "encoder.safetensors", "classifier.safetensors"
 EVALUATION_BATCH = 125
 Work = Callable[[RunFolder, Progress], dict[str, Any]]
@@ -89,12 +91,18 @@ class Task:
     schedule: Schedule = "one_cycle"
     """one_cycle rises over a fifth of training, then falls along a cosine to 0; linear falls to 0;
     steps is divided by 10 after each quarter; constant."""
+    amp: bool = False
+    """Compute convolutions and products in bfloat16; `wcmi-fast info` says where it pays."""
+    compile: bool = False
+    """Let torch.compile fuse a step (not attacks); it needs a C++ compiler, and takes a minute."""
     seed: int = 0
     """Decides weights, order of the data, dropout and random starts."""
     device: str = "cpu"
     """Where to compute, such as cpu or cuda."""
     checkpoint_every: int = 500
     """Batches between checkpoints; there is one after every epoch, too."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too, into the folder tensorboard."""
 
     def attack(self) -> PGD:
         """Return the attack of training."""
@@ -212,11 +220,13 @@ def train(task: Task, folder: Path, progress: Progress) -> dict[str, Any]:
     data = _cut(datasets.load(task.data), task)
     _check_rows(task, len(data.x_train))
     work = _WORK[name](task, data)  # raises for what does not fit, before the folder is claimed
-    run = RunFolder(folder, every=task.checkpoint_every)
+    written = writer(folder / BOARD) if task.tensorboard else lambda record: None
+    run = RunFolder(folder, every=task.checkpoint_every, on_record=written)
     settings = json.loads(json.dumps(asdict(task), default=str))
     run.claim("train", {"task": name, **settings})
     known = {key: value for key, value in settings.items() if value is not None}
-    write_file(folder / CONFIG, tomli_w.dumps({name: known, "versions": versions()}))
+    about = {**versions(), "revision": revision()}
+    write_file(folder / CONFIG, tomli_w.dumps({name: known, "versions": about}))
     results = {"task": name, **work(run, progress)}
     write_file(folder / RESULTS, json.dumps(results, indent=1) + "\n")
     return results
@@ -226,6 +236,16 @@ def batches_of(task: Task, data_rows: int) -> int:
     """Return the number of training batches, for a progress bar."""
     held = task.held_out if isinstance(task, Supervised) else 0
     return (min(task.train_images, data_rows) - held) // task.batch_size * task.epochs
+
+
+def told(progress: Progress) -> OnBatch:
+    """Return what tells a progress bar of a batch, and the newest values with it."""
+
+    def on_batch(values: Values) -> None:
+        progress.advance(1)
+        progress.note("  ".join(f"{name} {value:.3f}" for name, value in values.items()))
+
+    return on_batch
 
 
 def _check(task: Task) -> None:
@@ -280,7 +300,7 @@ def _encoder(task: EncoderTask, data: Data) -> Work:
             seed=task.seed,
             stage="encoder",
             run=run,
-            on_batch=lambda values: progress.advance(1),
+            on_batch=told(progress),
         )
         whole = models.baseline_h(shape, classes=config.dim)
         whole.load_state_dict({**whole.state_dict(), **encoder.state_dict()})
@@ -313,7 +333,7 @@ def _head(task: HeadTask, data: Data) -> Work:
             seed=task.seed,
             stage="head",
             run=run,
-            on_batch=lambda values: progress.advance(1),
+            on_batch=told(progress),
         )
         parts = {f"head.{name}": value for name, value in head.state_dict().items()}
         whole.load_state_dict({**encoder.state_dict(), **parts})
@@ -340,7 +360,7 @@ def _classifier(task: ClassifierTask, data: Data) -> Work:
             seed=task.seed,
             stage="classifier",
             run=run,
-            on_batch=lambda values: progress.advance(1),
+            on_batch=told(progress),
         )
         return _evaluated(task, trained, data, run)
 
