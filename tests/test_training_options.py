@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,10 @@ def test_mine_with_its_average_kept_in_a_buffer() -> None:
 def test_a_shared_critic_has_the_encoders_convolutions(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     config = replace(SMALL, shared_critic=True)
-    encoder, critic = train_encoder(config, images(), seed=0, stage="e", run=run)
+    with warnings.catch_warnings():
+        # torch warns of weights that an optimiser would step twice.
+        warnings.simplefilter("error")
+        encoder, critic = train_encoder(config, images(), seed=0, stage="e", run=run)
     shared = critic.local.get_parameter("convolutions.0.weight")
     assert torch.equal(shared, encoder.get_parameter("convolutions.0.weight"))
     start = BaselineH(SHAPE, dim=4).get_parameter("convolutions.0.weight")

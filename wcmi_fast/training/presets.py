@@ -23,8 +23,13 @@ _ATTACKS = {
 # The paper clips no gradient and averages no weights.
 _ENCODER = {"units": 2048, "grad_clip": 1e9, "averaging": 0.0}
 
-PRESETS: dict[str, Mapping[str, Any]] = {
-    f"paper/{data}": {"data": data, **_COMMON, **attack} for data, attack in _ATTACKS.items()
+_TASKS = ("encoder", "head", "classifier")
+PRESETS: dict[str, Mapping[str, Mapping[str, Any]]] = {
+    f"paper/{data}": {
+        task: {"data": data, **_COMMON, **attack, **(_ENCODER if task == "encoder" else {})}
+        for task in _TASKS
+    }
+    for data, attack in _ATTACKS.items()
 }
 
 
@@ -35,4 +40,4 @@ def preset(name: str, task: str) -> dict[str, Any]:
         name: a key of `PRESETS`.
         task: "encoder", "head" or "classifier".
     """
-    return {**PRESETS[name], **(_ENCODER if task == "encoder" else {})}
+    return dict(PRESETS[name][task])

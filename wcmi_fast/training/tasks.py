@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -208,7 +209,7 @@ def train(task: Task, folder: Path, progress: Progress) -> dict[str, Any]:
         progress: told what is done, in batches.
 
     Returns:
-        The content of results.json.
+        The content of results.json; "seconds" are those since the run was last interrupted.
 
     Raises:
         ValueError: settings that do not fit; the folder holds another task, or other settings.
@@ -227,7 +228,9 @@ def train(task: Task, folder: Path, progress: Progress) -> dict[str, Any]:
     known = {key: value for key, value in settings.items() if value is not None}
     about = {**versions(), "revision": revision()}
     write_file(folder / CONFIG, tomli_w.dumps({name: known, "versions": about}))
-    results = {"task": name, **work(run, progress)}
+    began = time.perf_counter()
+    found = work(run, progress)
+    results = {"task": name, **found, "seconds": time.perf_counter() - began}
     write_file(folder / RESULTS, json.dumps(results, indent=1) + "\n")
     return results
 
