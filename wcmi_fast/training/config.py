@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wcmi_fast.attacks import PGD
+from wcmi_fast.training.augmentation import Augmentation
 from wcmi_fast.training.schedule import Schedule
 from wcmi_fast.training.watch import Watch
 
@@ -21,6 +22,8 @@ class TrainingConfig:
 
     Args:
         attack: perturbs every batch before its step; None trains on clean images.
+        augmentation: changes every batch at random before it is attacked, never held-out images;
+            None changes nothing.
         eps_warmup: fraction of training over which eps and step size grow linearly to their value.
         epochs: passes over the data.
         batch_size: images per batch; an incomplete last batch is left out.
@@ -35,6 +38,7 @@ class TrainingConfig:
     """
 
     attack: PGD | None
+    augmentation: Augmentation | None = None
     eps_warmup: float = 0.4
     epochs: int = 4
     batch_size: int = 128
@@ -71,6 +75,8 @@ class EncoderConfig(TrainingConfig):
             "encoder_only" drops the gradient of the image side, as the authors' code does.
         critic_refresh: with "encoder_only", the image side is recomputed every so many attack
             steps; 1 is exact, 0 keeps the clean batch's.
+        mean, std: of each channel; the encoder, and the critic on the side of images, begin with
+            (x - mean) / std; None is 0 and 1.
         dim: size D of the representation.
         units: size U of the critic's features (2048 in the paper).
         grad_clip: largest norm of a step's gradient, over all weights.
@@ -82,6 +88,8 @@ class EncoderConfig(TrainingConfig):
     bound: str = "dv"
     critic_grad: CriticGrad = "full"
     critic_refresh: int = 1
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     dim: int = 64
     units: int = 64
     epochs: int = 8

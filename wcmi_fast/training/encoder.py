@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from wcmi_fast.attacks import PGD
 from wcmi_fast.data import Feed, fed
-from wcmi_fast.models import BaselineH
+from wcmi_fast.models import BaselineH, baseline_h
 from wcmi_fast.models.folding import folded
+from wcmi_fast.training.augmentation import augmented
 from wcmi_fast.training.config import EncoderConfig
 from wcmi_fast.training.objective import (
     BOUNDS,
@@ -31,7 +32,9 @@ from wcmi_fast.training.steps import average_, new_optimizer, ramp, scaled, set_
 
 def new_encoder(config: EncoderConfig, input_shape: tuple[int, int, int]) -> nn.Module:
     """Build the untrained encoder that a config describes."""
-    return BaselineH(input_shape, dim=config.dim)
+    if config.mean is None and config.std is None:
+        return BaselineH(input_shape, dim=config.dim)
+    return baseline_h(input_shape, config.dim, mean=config.mean, std=config.std)
 
 
 def train_encoder(
@@ -72,7 +75,10 @@ def train_encoder(
     weights_of = weights_of_terms(config)
     with seeded(seed, stage, "weights"):
         encoder = new_encoder(config, shape).to(x.device).to(memory_format=torch.channels_last)
-        critics = {term: new_critic(config.dim, config.units, shape) for term in weights_of}
+        critics = {
+            term: new_critic(config.dim, config.units, shape, config.mean, config.std)
+            for term in weights_of
+        }
     critics = {term: critic.to(x.device) for term, critic in critics.items()}
     trained = {"encoder": encoder, **modules_of(critics)}
     averaged = {f"averaged_{name}": copy.deepcopy(module) for name, module in trained.items()}
@@ -103,7 +109,7 @@ def train_encoder(
         return bounds[term](critics[term].global_(z), critics[term].local(images))
 
     def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> float:
-        clean = x[indices]
+        clean = augmented(config.augmentation, x[indices], generator)
         images = dict.fromkeys(weights_of, clean)
         if WORST in images and config.attack is not None:
             images[WORST] = attacked(config.attack, clean, done, generator)

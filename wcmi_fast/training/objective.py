@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from wcmi_fast import functional
 from wcmi_fast.functional.bounds import MEASURES
 from wcmi_fast.functional.ema import EMAState
-from wcmi_fast.models import GlobalCritic, LocalCritic
+from wcmi_fast.models import GlobalCritic, LocalCritic, Normalise
 from wcmi_fast.training.config import CriticGrad, EncoderConfig
 
 Bound = Callable[[Tensor, Tensor], Tensor]
@@ -72,9 +73,21 @@ def information_loss(
     return loss
 
 
-def new_critic(dim: int, units: int, input_shape: tuple[int, int, int]) -> Critic:
-    """Build an untrained critic of U = units for representations of size dim."""
-    local = LocalCritic(input_shape, units=units).to(memory_format=torch.channels_last)
+def new_critic(
+    dim: int,
+    units: int,
+    input_shape: tuple[int, int, int],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Critic:
+    """Build an untrained critic of U = units for representations of size dim.
+
+    With a mean or std its image side begins with (x - mean) / std, as in the authors' code.
+    """
+    local: nn.Module = LocalCritic(input_shape, units=units).to(memory_format=torch.channels_last)
+    if mean is not None or std is not None:
+        normalise = Normalise("new_critic", input_shape, mean, std)
+        local = nn.Sequential(OrderedDict(normalise=normalise, critic=local))
     return Critic(GlobalCritic(dim, units=units), local)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from wcmi_fast.models import CIFAR10_MEAN, CIFAR10_STD
+
 # All training images; Adam at a constant 1e-4, 300 epochs of batches of 128; the attack has its
 # full radius from the first step, and starts at the image.
 _COMMON = {
@@ -19,12 +21,19 @@ _ATTACKS = {
     "mnist": {"eps": 0.3, "steps": 10, "step_size": 0.1},
     "fashion_mnist": {"eps": 0.1, "steps": 10, "step_size": 0.02},
     "svhn": {"eps": 4 / 255, "steps": 10, "step_size": 0.005},
+    "cifar10": {"eps": 8 / 255, "steps": 7, "step_size": 0.01},
 }
+_AUGMENTATIONS = {
+    "cifar10": {"crop_padding": 4, "flip": True, "jitter": 0.25, "rotation": 2.0},
+}
+# A head has none: its encoder normalises images.
+_NORMALISATIONS = {"paper/cifar10": {"mean": CIFAR10_MEAN, "std": CIFAR10_STD}}
 # The paper clips no gradient and averages no weights.
 _ENCODER = {"units": 2048, "grad_clip": 1e9, "averaging": 0.0}
 
 PRESETS: dict[str, Mapping[str, Any]] = {
-    f"paper/{data}": {"data": data, **_COMMON, **attack} for data, attack in _ATTACKS.items()
+    f"paper/{data}": {"data": data, **_COMMON, **attack, **_AUGMENTATIONS.get(data, {})}
+    for data, attack in _ATTACKS.items()
 }
 
 
@@ -35,4 +44,6 @@ def preset(name: str, task: str) -> dict[str, Any]:
         name: a key of `PRESETS`.
         task: "encoder", "head" or "classifier".
     """
-    return {**PRESETS[name], **(_ENCODER if task == "encoder" else {})}
+    encoder = _ENCODER if task == "encoder" else {}
+    normalisation = _NORMALISATIONS.get(name, {}) if task != "head" else {}
+    return {**PRESETS[name], **normalisation, **encoder}

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from wcmi_fast.attacks import PGD
 from wcmi_fast.data import Feed, fed
 from wcmi_fast.models import LinearHead, MLPHead
 from wcmi_fast.models.folding import folded
+from wcmi_fast.training.augmentation import augmented
 from wcmi_fast.training.config import ClassifierConfig, HeadConfig
 from wcmi_fast.training.evaluation import accuracy, classification_loss, represent
 from wcmi_fast.training.run_folder import RunFolder
@@ -39,7 +39,8 @@ def train_head(
 ) -> nn.Module:
     """Train a head on a frozen encoder by cross-entropy, on attacked images if robust.
 
-    A standard head computes the features of all images once. The encoder's weights get no gradient.
+    A standard head computes the features of all images once, unless they are augmented. The
+    encoder's weights get no gradient.
 
     Args:
         config: the settings; its attack makes the head robust.
@@ -66,10 +67,10 @@ def train_head(
         head = build(represent(fixed, x[:1]).shape[1], classes).to(x.device)
     optimizer = new_optimizer(config, head.parameters())
     watched = _watched(config.watch, head, "train_head", stage, fixed, x, y)
-    if config.attack is None:
+    if config.attack is None and config.augmentation is None:
         batch_features = _clean_features(fixed, x)
     else:
-        batch_features = _attacked_features(config.attack, config.eps_warmup, fixed, head, x, y)
+        batch_features = _changed_features(config, fixed, head, x, y)
 
     def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> float:
         set_learning_rate(optimizer, config, done)
@@ -134,7 +135,7 @@ def train_classifier(
     watched = _watched(config.watch, model, "train_classifier", stage, None, x, y)
 
     def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> float:
-        images, labels = x[indices], y[indices]
+        images, labels = augmented(config.augmentation, x[indices], generator), y[indices]
         if config.attack is not None:
             attack = scaled(config.attack, ramp(done, config.eps_warmup))
             loss_fn = classification_loss(folded(model), nn.Identity(), labels)
@@ -212,15 +213,16 @@ def _clean_features(encoder: nn.Module, x: Feed) -> BatchFeatures:
     return lambda indices, done, generator: features[indices]
 
 
-def _attacked_features(
-    attack: PGD, eps_warmup: float, encoder: nn.Module, head: nn.Module, x: Feed, y: Feed
+def _changed_features(
+    config: HeadConfig, encoder: nn.Module, head: nn.Module, x: Feed, y: Feed
 ) -> BatchFeatures:
     def batch_features(indices: Tensor, done: float, generator: torch.Generator) -> Tensor:
-        loss_fn = classification_loss(encoder, folded(head), y[indices])
-        ramped = scaled(attack, ramp(done, eps_warmup))
-        clean = x[indices]
-        starts = starts_generator(generator, clean.device)
-        x_adv = ramped.attack(loss_fn, clean, generator=starts)
-        return represent(encoder, x_adv)
+        images = augmented(config.augmentation, x[indices], generator)
+        if config.attack is not None:
+            loss_fn = classification_loss(encoder, folded(head), y[indices])
+            ramped = scaled(config.attack, ramp(done, config.eps_warmup))
+            starts = starts_generator(generator, images.device)
+            images = ramped.attack(loss_fn, images, generator=starts)
+        return represent(encoder, images)
 
     return batch_features
