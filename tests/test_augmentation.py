@@ -166,6 +166,12 @@ def test_nothing_to_do_changes_and_draws_nothing() -> None:
     assert torch.equal(generator.get_state(), seeded().get_state())
 
 
+def test_any_number_of_channels_moves() -> None:
+    x = images(channels=5)
+    moving = Augmentation(flip=True, rotation=10)
+    assert torch.equal(moving.augment(x, seeded())[:, :3], moving.augment(x[:, :3], seeded()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_what_kind_of_tensor_comes_back(dtype: torch.dtype, layout: torch.memory_format) -> None:
