@@ -47,9 +47,12 @@ def test_channels_may_be_last_or_first(tmp_path: Path) -> None:
 
 def test_floats_stay_and_vectors_may_be_data(tmp_path: Path) -> None:
     x = np.random.default_rng(1).normal(size=(6, 5))
-    found = datasets.load(written(tmp_path, x_train=x, x_test=x, y_test=np.arange(6)))
+    found = datasets.load(written(tmp_path, x_train=x, x_test=x, y_test=np.arange(6) % 3))
     assert found.x_train.dtype == torch.float32
     assert np.allclose(found.x_train.numpy(), x)
+    images = np.linspace(0, 1, 6 * 64).reshape(6, 8, 8)
+    found = datasets.load(written(tmp_path, x_train=images))
+    assert np.allclose(found.x_train[:, 0].numpy(), images)
 
 
 def test_a_name_is_a_file_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +122,11 @@ def test_mnist5k_is_inside_a_package() -> None:
         ({"y_test": np.arange(3) - 1}, "has y_test of shape .* integers from 0 on"),
         ({"x_test": np.zeros((3, 9, 9), np.uint8)}, r"\(1, 8, 8\) in x_train and \(1, 9, 9\)"),
         ({"x_train": np.zeros((6, 8, 8), np.int64)}, "has x_train of shape .* dtype torch.int64"),
+        ({"y_test": np.array([0, 3, 1])}, "has the label 3 in y_test, and none above 2 in y_train"),
+        ({"x_train": np.full((6, 8, 8), 2.0)}, "from 2 to 2 in x_train, wanted images in .0, 1."),
+        ({"x_test": np.full((3, 8, 8), -0.1)}, "from -0.1 to -0.1 in x_test, wanted images in"),
+        ({"x_test": np.full((3, 8, 8), np.nan)}, "has NaN or infinite values in x_test"),
+        ({"x_train": np.full((6, 5), np.inf)}, "has NaN or infinite values in x_train"),
         ({"x_train": np.array([{}] * 6)}, r"cannot be read as an \.npz file"),
     ],
 )

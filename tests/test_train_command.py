@@ -20,8 +20,8 @@ from wcmi_fast import PGD, datasets, models
 from wcmi_fast.cli import main
 from wcmi_fast.commands.train import with_defaults
 from wcmi_fast.training.evaluation import accuracy
-from wcmi_fast.training.presets import PRESETS
-from wcmi_fast.training.tasks import ClassifierTask
+from wcmi_fast.training.presets import PRESETS, preset
+from wcmi_fast.training.tasks import TASKS, ClassifierTask
 from wcmi_fast.training.watch import Watch
 
 SMALL = [
@@ -152,6 +152,7 @@ def test_presets_are_the_papers() -> None:
         "mnist": (0.3, 10, 0.1),
         "fashion_mnist": (0.1, 10, 0.02),
         "svhn": (4 / 255, 10, 0.005),
+        "cifar10": (8 / 255, 7, 0.01),
     }
     assert set(PRESETS) == {f"paper/{name}" for name in wanted}
     for name, (eps, steps, step_size) in wanted.items():
@@ -159,6 +160,16 @@ def test_presets_are_the_papers() -> None:
         assert found["data"] == name
         assert (found["eps"], found["steps"], found["step_size"]) == (eps, steps, step_size)
         assert (found["batch_size"], found["epochs"], found["learning_rate"]) == (128, 300, 1e-4)
+    changed = {"crop_padding": 4, "flip": True, "jitter": 0.25, "rotation": 2}
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    for name in wanted:
+        for task in TASKS:
+            found = preset(f"paper/{name}", task)
+            augmentation = changed if name == "cifar10" else {}
+            assert {key: found[key] for key in changed if key in found} == augmentation
+            # A head's encoder normalises images.
+            given = (found.get("mean"), found.get("std"))
+            assert given == ((mean, std) if name == "cifar10" and task != "head" else (None, None))
 
 
 def test_options_go_before_a_file_and_that_before_a_preset(tmp_path: Path) -> None:
@@ -246,6 +257,8 @@ def test_a_signal_ends_a_step_and_the_run_goes_on(
         (["--held-out", "-1"], "held_out is -1, wanted 0 or more"),
         (["--network", "resnet19"], "did you mean 'resnet18'?"),
         (["--epochs", "0"], "epochs is 0, wanted 1 or more"),
+        (["--jitter", "2"], "Augmentation: jitter is 2.0, wanted 0 to 1"),
+        (["--mean", "0.1", "0.2"], "mean is (0.1, 0.2), wanted a value for each of 1 channels"),
     ],
 )
 def test_bad_options(

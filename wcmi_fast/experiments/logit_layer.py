@@ -49,7 +49,7 @@ class Job:
     """
 
     data: str = "fashion_mnist"
-    """Data set, or the path of an .npz file."""
+    """Data set, or the path of an .npz file or a folder of images."""
     models: tuple[str, ...] = ("baseline_h", "resnet18")
     """Networks, as in `wcmi_fast.models.NAMES`."""
     train_eps: tuple[float, ...] = (0.0, 0.025, 0.1)

@@ -36,7 +36,7 @@ class Job:
     """Check every bound on images: baseline, data processing, additivity, independent images."""
 
     data: str = "mnist5k"
-    """Data set, or the path of an .npz file."""
+    """Data set, or the path of an .npz file or a folder of images."""
     images: int = 5000
     """Images, at most; they make half as many pairs of different images."""
     rows: tuple[int, ...] = (0, 4, 7, 14, 28)

@@ -59,7 +59,8 @@ def samples(owner: str, data: Any, seed: int) -> Samples:
 
     Args:
         owner: the public function, for errors.
-        data: a data set's name or an .npz file (`wcmi_fast.datasets.load`); a `Data`; a pair
+        data: a data set's name, an .npz file or a folder of images (`wcmi_fast.datasets.load`); a
+            `Data`; a pair
             (images, labels), or (training images, test images); images alone; or an iterable of
             batches, as a DataLoader is, of images or of (images, labels). Arrays are taken as
             tensors. What is not split yet is split in halves, by class where there are labels.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wcmi_fast.attacks import PGD
+from wcmi_fast.training.augmentation import Augmentation
 from wcmi_fast.training.schedule import Schedule
 from wcmi_fast.training.watch import Watch
 
@@ -21,6 +22,8 @@ class TrainingConfig:
 
     Args:
         attack: perturbs every batch before its step; None trains on clean images.
+        augmentation: changes every batch at random before it is attacked, never held-out images;
+            None changes nothing.
         eps_warmup: fraction of training over which eps and step size grow linearly to their value.
         free: with so many replays of every batch, one backward pass serves a step of the weights
             and one of the images, and perturbations go on from batch to batch; eps and step_size
@@ -42,6 +45,7 @@ class TrainingConfig:
     """
 
     attack: PGD | None
+    augmentation: Augmentation | None = None
     eps_warmup: float = 0.4
     free: int = 0
     epochs: int = 4
@@ -89,6 +93,8 @@ class EncoderConfig(TrainingConfig):
             steps; 1 is exact, 0 keeps the clean batch's.
         shared_critic: the critic sees images through the encoder's first convolutions, as in Hjelm
             et al., instead of through its own; for beta 0 or 1.
+        mean, std: of each channel; the encoder, and the critic on the side of images, begin with
+            (x - mean) / std; None is 0 and 1.
         dim: size D of the representation.
         units: size U of the critic's features (2048 in the paper).
         grad_clip: largest norm of a step's gradient, over all weights.
@@ -101,6 +107,8 @@ class EncoderConfig(TrainingConfig):
     critic_grad: CriticGrad = "full"
     critic_refresh: int = 1
     shared_critic: bool = False
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     dim: int = 64
     units: int = 64
     epochs: int = 8

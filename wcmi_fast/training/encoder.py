@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from wcmi_fast.data import Feed, fed
-from wcmi_fast.models import BaselineH
+from wcmi_fast.models import BaselineH, baseline_h
+from wcmi_fast.training.augmentation import augmented
 from wcmi_fast.training.config import EncoderConfig
 from wcmi_fast.training.free import Perturbation
 from wcmi_fast.training.objective import (
@@ -37,9 +38,11 @@ from wcmi_fast.training.steps import (
 from wcmi_fast.training.strength import strength
 
 
-def new_encoder(config: EncoderConfig, input_shape: tuple[int, int, int]) -> BaselineH:
+def new_encoder(config: EncoderConfig, input_shape: tuple[int, int, int]) -> nn.Module:
     """Build the untrained encoder that a config describes."""
-    return BaselineH(input_shape, dim=config.dim)
+    if config.mean is None and config.std is None:
+        return BaselineH(input_shape, dim=config.dim)
+    return baseline_h(input_shape, config.dim, mean=config.mean, std=config.std)
 
 
 def train_encoder(
@@ -80,7 +83,10 @@ def train_encoder(
     weights_of = weights_of_terms(config)
     with seeded(seed, stage, "weights"):
         encoder = new_encoder(config, shape)
-        critics = {term: new_critic(config.dim, config.units, shape) for term in weights_of}
+        critics = {
+            term: new_critic(config.dim, config.units, shape, config.mean, config.std)
+            for term in weights_of
+        }
     if config.shared_critic:
         for critic in critics.values():
             share_convolutions_(critic, encoder)
@@ -120,7 +126,8 @@ def train_encoder(
         return {"bound_nats": objective, **{f"{term}_nats": v for term, v in found.items()}}
 
     def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> Values:
-        clean, part = x[indices], ramp(done, config.eps_warmup)
+        clean = augmented(config.augmentation, x[indices], generator)
+        part = ramp(done, config.eps_warmup)
         set_learning_rate(optimizer, config, done)
         if perturbation is not None:
             reported = perturbation.replay(lambda images: step({WORST: images}), clean, part)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from wcmi_fast import functional
 from wcmi_fast.functional.bounds import MEASURES
 from wcmi_fast.functional.ema import EMAState
-from wcmi_fast.models import BaselineH, GlobalCritic, LocalCritic
+from wcmi_fast.models import GlobalCritic, LocalCritic, Normalise
 from wcmi_fast.models.folding import folded
 from wcmi_fast.training.config import CriticGrad, EncoderConfig
 
@@ -46,7 +46,12 @@ class Critic:
     @property
     def locations(self) -> int:
         """P of the features."""
-        return cast(LocalCritic, self.local).locations
+        return self.convolving.locations
+
+    @property
+    def convolving(self) -> LocalCritic:
+        """The image side, behind what normalises images."""
+        return next(part for part in self.local.modules() if isinstance(part, LocalCritic))
 
     def modules(self) -> dict[str, nn.Module]:
         """Return both sides by name."""
@@ -79,19 +84,31 @@ def information_loss(
     return loss
 
 
-def new_critic(dim: int, units: int, input_shape: tuple[int, int, int]) -> Critic:
-    """Build an untrained critic of U = units for representations of size dim."""
-    local = LocalCritic(input_shape, units=units).to(memory_format=torch.channels_last)
+def new_critic(
+    dim: int,
+    units: int,
+    input_shape: tuple[int, int, int],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Critic:
+    """Build an untrained critic of U = units for representations of size dim.
+
+    With a mean or std its image side begins with (x - mean) / std, as in the authors' code.
+    """
+    local: nn.Module = LocalCritic(input_shape, units=units).to(memory_format=torch.channels_last)
+    if mean is not None or std is not None:
+        normalise = Normalise("new_critic", input_shape, mean, std)
+        local = nn.Sequential(OrderedDict(normalise=normalise, critic=local))
     return Critic(GlobalCritic(dim, units=units), local)
 
 
-def share_convolutions_(critic: Critic, encoder: BaselineH) -> None:
+def share_convolutions_(critic: Critic, encoder: nn.Module) -> None:
     """Let the image side see through the encoder's first convolutions instead of its own.
 
     Source: Hjelm et al. 2019, figure 3.
     """
-    local = cast(LocalCritic, critic.local)
-    local.convolutions = encoder.convolutions[: len(local.convolutions)]
+    local, shared = critic.convolving, encoder.get_submodule("convolutions")
+    local.convolutions = nn.Sequential(*list(shared.children())[: len(local.convolutions)])
 
 
 def weights_of_terms(config: EncoderConfig) -> dict[str, float]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from wcmi_fast.models import CIFAR10_MEAN, CIFAR10_STD
+
 # All training images; Adam at a constant 1e-4, 300 epochs of batches of 128; the attack has its
 # full radius from the first step, and starts at the image.
 _COMMON = {
@@ -19,17 +21,27 @@ _ATTACKS = {
     "mnist": {"eps": 0.3, "steps": 10, "step_size": 0.1},
     "fashion_mnist": {"eps": 0.1, "steps": 10, "step_size": 0.02},
     "svhn": {"eps": 4 / 255, "steps": 10, "step_size": 0.005},
+    "cifar10": {"eps": 8 / 255, "steps": 7, "step_size": 0.01},
 }
+_AUGMENTATIONS = {
+    "cifar10": {"crop_padding": 4, "flip": True, "jitter": 0.25, "rotation": 2.0},
+}
+_NORMALISATIONS = {"cifar10": {"mean": CIFAR10_MEAN, "std": CIFAR10_STD}}
 # The paper clips no gradient and averages no weights.
 _ENCODER = {"units": 2048, "grad_clip": 1e9, "averaging": 0.0}
 
+
+def _papers(data: str, task: str) -> dict[str, Any]:
+    further = _ENCODER if task == "encoder" else {}
+    # A head has no normalisation: its encoder normalises images.
+    normalisation = _NORMALISATIONS.get(data, {}) if task != "head" else {}
+    augmentation = _AUGMENTATIONS.get(data, {})
+    return {"data": data, **_COMMON, **_ATTACKS[data], **augmentation, **normalisation, **further}
+
+
 _TASKS = ("encoder", "head", "classifier")
 PRESETS: dict[str, Mapping[str, Mapping[str, Any]]] = {
-    f"paper/{data}": {
-        task: {"data": data, **_COMMON, **attack, **(_ENCODER if task == "encoder" else {})}
-        for task in _TASKS
-    }
-    for data, attack in _ATTACKS.items()
+    f"paper/{data}": {task: _papers(data, task) for task in _TASKS} for data in _ATTACKS
 }
 
 

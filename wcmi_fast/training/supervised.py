@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from wcmi_fast.data import Feed, fed
 from wcmi_fast.models import LinearHead, MLPHead
 from wcmi_fast.models.folding import folded
+from wcmi_fast.training.augmentation import augmented
 from wcmi_fast.training.config import ClassifierConfig, HeadConfig
 from wcmi_fast.training.evaluation import accuracy, classification_loss, represent
 from wcmi_fast.training.free import Perturbation
@@ -44,7 +45,8 @@ def train_head(
 ) -> nn.Module:
     """Train a head on a frozen encoder by cross-entropy, on attacked images if robust.
 
-    A standard head computes the features of all images once. The encoder's weights get no gradient.
+    A standard head computes the features of all images once, unless they are augmented. The
+    encoder's weights get no gradient.
 
     Args:
         config: the settings; its attack makes the head robust.
@@ -144,7 +146,8 @@ def _fit(fit: _Fit, seed: int, stage: str, run: RunFolder, on_batch: OnBatch) ->
 
         if perturbation is not None:
             part = ramp(done, config.eps_warmup)
-            return perturbation.replay(lambda x: step(fit.encoder(x)), fit.x[indices], part)
+            clean = augmented(config.augmentation, fit.x[indices], generator)
+            return perturbation.replay(lambda x: step(fit.encoder(x)), clean, part)
         return step(features_of(indices, done, generator))
 
     modules = {"model": model, "watched": watched, "perturbation": perturbation}
@@ -169,21 +172,23 @@ def _fit(fit: _Fit, seed: int, stage: str, run: RunFolder, on_batch: OnBatch) ->
 
 def _features_of(fit: _Fit) -> Callable[[Tensor, float, torch.Generator], Tensor]:
     """Return what a step is made on: of indices (B,), the part of training done, a generator."""
-    if fit.config.attack is None:
+    config = fit.config
+    if config.attack is None and config.augmentation is None:
         fixed = isinstance(fit.encoder, nn.Identity)
         features = fit.x if fixed else fed(represent(fit.encoder, fit.x))
         return lambda indices, done, generator: features[indices]
-    attack = fit.config.attack
 
-    def attacked(indices: Tensor, done: float, generator: torch.Generator) -> Tensor:
-        clean, labels = fit.x[indices], fit.y[indices]
-        loss_fn = classification_loss(fit.encoder, folded(fit.model), labels)
-        ramped = scaled(attack, ramp(done, fit.config.eps_warmup))
-        starts = starts_generator(generator, clean.device)
-        with autocast(fit.config, clean.device):
-            return represent(fit.encoder, ramped.attack(loss_fn, clean, generator=starts))
+    def changed(indices: Tensor, done: float, generator: torch.Generator) -> Tensor:
+        images = augmented(config.augmentation, fit.x[indices], generator)
+        with autocast(config, images.device):
+            if config.attack is not None:
+                loss_fn = classification_loss(fit.encoder, folded(fit.model), fit.y[indices])
+                ramped = scaled(config.attack, ramp(done, config.eps_warmup))
+                starts = starts_generator(generator, images.device)
+                images = ramped.attack(loss_fn, images, generator=starts)
+            return represent(fit.encoder, images)
 
-    return attacked
+    return changed
 
 
 def _trained_rows(owner: str, watch: Watch | None, rows: int, batch_size: int) -> int:

@@ -21,6 +21,7 @@ from wcmi_fast.diagnosis import revision, versions
 from wcmi_fast.files import write_file
 from wcmi_fast.models.loading import read_state
 from wcmi_fast.progress import Progress
+from wcmi_fast.training.augmentation import Augmentation
 from wcmi_fast.training.board import writer
 from wcmi_fast.training.checkpoint import save_weights
 from wcmi_fast.training.config import (
@@ -56,12 +57,21 @@ class Task:
     """
 
     data: str = "fashion_mnist"
-    """mnist, fashion_mnist, cifar10, svhn, mnist5k, or an .npz file of x_train, y_train, x_test
-    and y_test."""
+    """mnist, fashion_mnist, cifar10, svhn, mnist5k; an .npz file of x_train, y_train, x_test and
+    y_test; or a folder of train/CLASS/ and test/CLASS/ with images."""
     train_images: int = 60_000
     """Training images, at most."""
     test_images: int = 1000
     """Test images for the accuracies, at most."""
+    crop_padding: int = 0
+    """Pixels of zeros around a training image, of which a part of its size is cut out at random."""
+    flip: bool = False
+    """Swap left and right of training images, each with probability 1/2."""
+    jitter: float = 0.0
+    """Multiply brightness, contrast and saturation of training images by random factors from
+    1 - jitter to 1 + jitter."""
+    rotation: float = 0.0
+    """Rotate training images by a random angle of at most so many degrees."""
     eps: float = 0.1
     """Radius of the attack, in units of pixels from 0 to 1."""
     steps: int = 10
@@ -97,7 +107,7 @@ class Task:
     compile: bool = False
     """Let torch.compile fuse a step (not attacks); it needs a C++ compiler, and takes a minute."""
     seed: int = 0
-    """Decides weights, order of the data, dropout and random starts."""
+    """Decides weights, order of the data, augmentation, dropout and random starts."""
     device: str = "cpu"
     """Where to compute, such as cpu or cuda."""
     checkpoint_every: int = 500
@@ -108,6 +118,16 @@ class Task:
     def attack(self) -> PGD:
         """Return the attack of training."""
         return _pgd(self.eps, self.steps, self.step_size, random_start=self.random_start)
+
+    def augmentation(self) -> Augmentation | None:
+        """Return how training images are changed before they are attacked."""
+        found = Augmentation(
+            crop_padding=self.crop_padding,
+            flip=self.flip,
+            jitter=self.jitter,
+            rotation=self.rotation,
+        )
+        return None if found == Augmentation() else found
 
     def test_attack(self) -> PGD:
         """Return the attack on the test images."""
@@ -128,6 +148,10 @@ class EncoderTask(Task):
     """With encoder_only, recompute the image side every so many attack steps; 1 is exact."""
     shared_critic: bool = False
     """Let the critic see images through the encoder's first convolutions, for beta 0 or 1."""
+    mean: tuple[float, ...] | None = None
+    """Of each channel, subtracted from images inside the encoder and the critic; None is 0."""
+    std: tuple[float, ...] | None = None
+    """Of each channel, which what is left is divided by; None is 1."""
     units: int = 64
     """Size U of the critic's features."""
     grad_clip: float = 1.0
@@ -189,6 +213,10 @@ class ClassifierTask(Supervised):
 
     network: str = "baseline_h"
     """One of wcmi_fast.models.NAMES."""
+    mean: tuple[float, ...] | None = None
+    """Of each channel, subtracted from images inside the network; None is 0."""
+    std: tuple[float, ...] | None = None
+    """Of each channel, which what is left is divided by; None is 1."""
     batch_size: int = 128
     """Images per batch; an incomplete last batch is left out."""
 
@@ -257,6 +285,7 @@ def _check(task: Task) -> None:
         if value < 1:
             raise ValueError(f"train: {name} is {value}, wanted 1 or more")
     task.attack()
+    task.augmentation()
     task.test_attack()
 
 
@@ -285,16 +314,20 @@ def _encoder(task: EncoderTask, data: Data) -> Work:
     shape = _shape(data)
     config = EncoderConfig(
         attack=task.attack(),
+        augmentation=task.augmentation(),
         beta=task.beta,
         bound=task.bound,
         critic_grad=task.critic_grad,
         critic_refresh=task.critic_refresh,
         shared_critic=task.shared_critic,
+        mean=task.mean,
+        std=task.std,
         units=task.units,
         grad_clip=task.grad_clip,
         averaging=task.averaging,
         **_common(task),
     )
+    whole = models.baseline_h(shape, classes=config.dim, mean=task.mean, std=task.std)
 
     def work(run: RunFolder, progress: Progress) -> dict[str, Any]:
         encoder, critic = train_encoder(
@@ -305,7 +338,6 @@ def _encoder(task: EncoderTask, data: Data) -> Work:
             run=run,
             on_batch=told(progress),
         )
-        whole = models.baseline_h(shape, classes=config.dim)
         whole.load_state_dict({**whole.state_dict(), **encoder.state_dict()})
         save_weights(run.path / ENCODER, whole)
         for name, side in critic.modules().items():
@@ -321,6 +353,7 @@ def _head(task: HeadTask, data: Data) -> Work:
     whole = models.load(f"baseline_h_{task.kind}", input_shape=shape, classes=classes)
     config = HeadConfig(
         attack=task.attack() if task.robust else None,
+        augmentation=task.augmentation(),
         kind=task.kind,
         watch=task.watch(),
         **_common(task),
@@ -348,11 +381,18 @@ def _head(task: HeadTask, data: Data) -> Work:
 def _classifier(task: ClassifierTask, data: Data) -> Work:
     config = ClassifierConfig(
         attack=task.attack() if task.robust else None,
+        augmentation=task.augmentation(),
         watch=task.watch(),
         **_common(task),
     )
     with seeded(task.seed, "classifier", "weights"):
-        model = models.load(task.network, input_shape=_shape(data), classes=_classes(data))
+        model = models.load(
+            task.network,
+            input_shape=_shape(data),
+            classes=_classes(data),
+            mean=task.mean,
+            std=task.std,
+        )
 
     def work(run: RunFolder, progress: Progress) -> dict[str, Any]:
         trained = train_classifier(
