@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from wcmi_fast.training.config import ClassifierConfig, EncoderConfig, HeadConfi
 from wcmi_fast.training.encoder import train_encoder
 from wcmi_fast.training.evaluation import accuracy
 from wcmi_fast.training.run_folder import RunFolder
+from wcmi_fast.training.stage import OnBatch, Values
 from wcmi_fast.training.supervised import train_classifier, train_head
 from wcmi_fast.training.watch import Watch
 
@@ -64,10 +64,10 @@ class KilledError(Exception):
     pass
 
 
-def killed_in(batch: int) -> Callable[[], None]:
+def killed_in(batch: int) -> OnBatch:
     left = iter(range(batch))
 
-    def on_batch() -> None:
+    def on_batch(values: Values) -> None:
         if next(left, None) is None:
             raise KilledError
 
