@@ -29,6 +29,8 @@ class TrainingConfig:
         momentum: of "sgd".
         weight_decay: times the weights, is added to their gradients.
         schedule: of the learning rate; see `schedule.factor`.
+        sync_batch_norm: on several processes, normalise by the statistics of the whole batch
+            instead of each process's part of it.
 
     Raises:
         ValueError: a field out of its range.
@@ -43,6 +45,7 @@ class TrainingConfig:
     momentum: float = 0.9
     weight_decay: float = 0.0
     schedule: Schedule = "one_cycle"
+    sync_batch_norm: bool = False
 
     def __post_init__(self) -> None:
         owner = type(self).__name__

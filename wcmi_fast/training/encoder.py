@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from wcmi_fast.attacks import PGD
 from wcmi_fast.data import Feed, fed
+from wcmi_fast.distributed import ranks
+from wcmi_fast.distributed.bounds import over_ranks
+from wcmi_fast.distributed.parallel import averaging, synchronised_
 from wcmi_fast.models import BaselineH
 from wcmi_fast.models.folding import folded
 from wcmi_fast.training.config import EncoderConfig
@@ -75,25 +78,29 @@ def train_encoder(
         critics = {term: new_critic(config.dim, config.units, shape) for term in weights_of}
     critics = {term: critic.to(x.device) for term, critic in critics.items()}
     trained = {"encoder": encoder, **modules_of(critics)}
+    if config.sync_batch_norm:
+        trained = {name: synchronised_(module) for name, module in trained.items()}
     averaged = {f"averaged_{name}": copy.deepcopy(module) for name, module in trained.items()}
     weights = [p for module in trained.values() for p in module.parameters()]
     optimizer = new_optimizer(config, weights)
-    bounds = {term: ascended(config.bound) for term in weights_of}
+    bounds = {term: over_ranks(config.bound, ascended(config.bound)) for term in weights_of}
     per_epoch = len(x) // config.batch_size
 
     def attacked(attack: PGD, images: Tensor, done: float, generator: torch.Generator) -> Tensor:
         ramped = scaled(attack, ramp(done, config.eps_warmup))
         critic = critics[WORST]
         frozen_critic = Critic(folded(critic.global_), folded(critic.local))
+        name = "dv" if config.bound == "mine" else config.bound
         loss_fn = information_loss(
             folded(encoder),
             frozen_critic,
-            BOUNDS["dv" if config.bound == "mine" else config.bound],
+            over_ranks(name, BOUNDS[name]),
             config.critic_grad,
             config.critic_refresh,
         )
         starts = starts_generator(generator, images.device)
-        return ramped.attack(loss_fn, images, generator=starts)
+        part = ranks.part_of(images)
+        return ramped.attack(loss_fn, images, generator=starts, part_of=part)
 
     def value_of(term: str, images: Tensor) -> Tensor:
         z = encoder(images)
@@ -102,15 +109,20 @@ def train_encoder(
             z.register_hook(lambda dz: weights_of[term] * dz)
         return bounds[term](critics[term].global_(z), critics[term].local(images))
 
+    values_of = averaging(
+        trained, lambda images: {term: value_of(term, images[term]) for term in weights_of}
+    )
+
     def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> float:
         clean = x[indices]
         images = dict.fromkeys(weights_of, clean)
         if WORST in images and config.attack is not None:
             images[WORST] = attacked(config.attack, clean, done, generator)
         set_learning_rate(optimizer, config, done)
-        values = {term: value_of(term, images[term]) for term in weights_of}
+        values = values_of(images)
         optimizer.zero_grad(set_to_none=True)
-        (-sum(values.values(), torch.zeros((), device=clean.device))).backward()
+        # A weight's gradient of the one global bound is the sum over the ranks, not their average.
+        (-ranks.count() * sum(values.values(), torch.zeros((), device=clean.device))).backward()
         nn.utils.clip_grad_norm_(weights, config.grad_clip)
         optimizer.step()
         step = round(done * config.epochs * per_epoch)

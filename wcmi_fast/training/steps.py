@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from wcmi_fast.attacks import PGD
+from wcmi_fast.distributed import ranks
 from wcmi_fast.training.config import TrainingConfig
 from wcmi_fast.training.schedule import factor
 
@@ -42,11 +43,11 @@ def set_learning_rate(optimizer: Optimizer, config: TrainingConfig, done: float)
 
 
 def descend(optimizer: Optimizer, loss: Tensor) -> float:
-    """Take a step down a loss; return its value."""
+    """Take a step down a loss, a mean over images; return its value, over all processes."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    return loss.item()
+    return ranks.mean(loss)
 
 
 @torch.no_grad()

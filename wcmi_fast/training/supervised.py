@@ -11,6 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from wcmi_fast.attacks import PGD
 from wcmi_fast.data import Feed, fed
+from wcmi_fast.distributed import ranks
+from wcmi_fast.distributed.parallel import averaging, synchronised_
 from wcmi_fast.models import LinearHead, MLPHead
 from wcmi_fast.models.folding import folded
 from wcmi_fast.training.config import ClassifierConfig, HeadConfig
@@ -64,6 +66,9 @@ def train_head(
     with seeded(seed, stage, "weights"):
         build: type[nn.Module] = MLPHead if config.kind == "mlp" else LinearHead
         head = build(represent(fixed, x[:1]).shape[1], classes).to(x.device)
+    if config.sync_batch_norm:
+        synchronised_(head)
+    logits_of = averaging({"head": head}, lambda features: head.train()(features))
     optimizer = new_optimizer(config, head.parameters())
     watched = _watched(config.watch, head, "train_head", stage, fixed, x, y)
     if config.attack is None:
@@ -74,7 +79,7 @@ def train_head(
     def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> float:
         set_learning_rate(optimizer, config, done)
         features = batch_features(indices, done, generator)
-        loss = cross_entropy(head.train()(features), y[indices])
+        loss = cross_entropy(logits_of(features), y[indices])
         return descend(optimizer, loss)
 
     run_stage(
@@ -130,6 +135,9 @@ def train_classifier(
     x, y = fed(x), fed(y)
     rows = _trained_rows("train_classifier", config.watch, len(x), config.batch_size)
     model = model.to(x.device).to(memory_format=torch.channels_last)
+    if config.sync_batch_norm:
+        synchronised_(model)
+    logits_of = averaging({"model": model}, lambda images: model.train()(images))
     optimizer = new_optimizer(config, model.parameters())
     watched = _watched(config.watch, model, "train_classifier", stage, None, x, y)
 
@@ -139,9 +147,10 @@ def train_classifier(
             attack = scaled(config.attack, ramp(done, config.eps_warmup))
             loss_fn = classification_loss(folded(model), nn.Identity(), labels)
             starts = starts_generator(generator, images.device)
-            images = attack.attack(loss_fn, images, generator=starts)
+            part = ranks.part_of(images)
+            images = attack.attack(loss_fn, images, generator=starts, part_of=part)
         set_learning_rate(optimizer, config, done)
-        loss = cross_entropy(model.train()(images), labels)
+        loss = cross_entropy(logits_of(images), labels)
         return descend(optimizer, loss)
 
     run_stage(
@@ -192,7 +201,9 @@ def _watched(
 
     def measure() -> float:
         before, head = (model, nn.Identity()) if encoder is None else (encoder, model)
-        return accuracy(before, head, x[held], y[held], attack=watch.attack)
+        return ranks.from_first(
+            lambda: accuracy(before, head, x[held], y[held], attack=watch.attack)
+        )
 
     return Watched(watch, model, measure, owner, stage).to(x.device)
 
@@ -220,7 +231,8 @@ def _attacked_features(
         ramped = scaled(attack, ramp(done, eps_warmup))
         clean = x[indices]
         starts = starts_generator(generator, clean.device)
-        x_adv = ramped.attack(loss_fn, clean, generator=starts)
+        part = ranks.part_of(clean)
+        x_adv = ramped.attack(loss_fn, clean, generator=starts, part_of=part)
         return represent(encoder, x_adv)
 
     return batch_features

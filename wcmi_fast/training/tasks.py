@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from wcmi_fast import datasets, models
 from wcmi_fast.attacks import PGD
 from wcmi_fast.data import Data, Feed
 from wcmi_fast.diagnosis import versions
+from wcmi_fast.distributed import ranks
 from wcmi_fast.files import write_file
 from wcmi_fast.models.loading import read_state
 from wcmi_fast.progress import Progress
@@ -84,6 +86,8 @@ class Task:
     """Where to compute, such as cpu or cuda."""
     checkpoint_every: int = 500
     """Batches between checkpoints; there is one after every epoch, too."""
+    sync_batch_norm: bool = False
+    """On several processes, normalise by the statistics of the whole batch."""
 
     def attack(self) -> PGD:
         """Return the attack of training."""
@@ -181,6 +185,8 @@ TASKS: dict[str, type[Task]] = {
 def train(task: Task, folder: Path, progress: Progress) -> dict[str, Any]:
     """Do a task into a folder: config.toml, metrics.jsonl, weights and results.json.
 
+    On several processes all do the task, and the first one writes (docs/scaling.md).
+
     Args:
         task: what to train.
         folder: an interrupted run of the same task goes on there.
@@ -203,9 +209,10 @@ def train(task: Task, folder: Path, progress: Progress) -> dict[str, Any]:
     settings = json.loads(json.dumps(asdict(task), default=str))
     run.claim("train", {"task": name, **settings})
     known = {key: value for key, value in settings.items() if value is not None}
-    write_file(folder / CONFIG, tomli_w.dumps({name: known, "versions": versions()}))
+    config = tomli_w.dumps({name: known, "versions": versions()})
+    ranks.from_first(lambda: write_file(folder / CONFIG, config))
     results = {"task": name, **work(run, progress)}
-    write_file(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+    ranks.from_first(lambda: write_file(folder / RESULTS, json.dumps(results, indent=1) + "\n"))
     return results
 
 
@@ -220,6 +227,7 @@ def _check(task: Task) -> None:
         value = getattr(task, name)
         if value < 1:
             raise ValueError(f"train: {name} is {value}, wanted 1 or more")
+    ranks.check_batch("train", task.batch_size)
     task.attack()
     task.test_attack()
 
@@ -255,6 +263,7 @@ def _encoder(task: EncoderTask, data: Data) -> Work:
         schedule=task.schedule,
         grad_clip=task.grad_clip,
         averaging=task.averaging,
+        sync_batch_norm=task.sync_batch_norm,
     )
 
     def work(run: RunFolder, progress: Progress) -> dict[str, Any]:
@@ -268,9 +277,9 @@ def _encoder(task: EncoderTask, data: Data) -> Work:
         )
         whole = models.baseline_h(shape, classes=config.dim)
         whole.load_state_dict({**whole.state_dict(), **encoder.state_dict()})
-        save_weights(run.path / ENCODER, whole)
-        for name, side in critic.modules().items():
-            save_weights(run.path / f"{name}.safetensors", side)
+        sides = {f"{name}.safetensors": side for name, side in critic.modules().items()}
+        for file, module in {ENCODER: whole, **sides}.items():
+            ranks.from_first(partial(save_weights, run.path / file, module))
         return {"bound_nats": run.metrics()[-1]["bound_nats"]}
 
     return work
@@ -289,6 +298,7 @@ def _head(task: HeadTask, data: Data) -> Work:
         batch_size=task.batch_size,
         learning_rate=task.learning_rate,
         schedule=task.schedule,
+        sync_batch_norm=task.sync_batch_norm,
     )
 
     def work(run: RunFolder, progress: Progress) -> dict[str, Any]:
@@ -305,7 +315,7 @@ def _head(task: HeadTask, data: Data) -> Work:
         )
         parts = {f"head.{name}": value for name, value in head.state_dict().items()}
         whole.load_state_dict({**encoder.state_dict(), **parts})
-        return _evaluated(task, whole, data, run)
+        return ranks.from_first(lambda: _evaluated(task, whole, data, run))
 
     return work
 
@@ -319,6 +329,7 @@ def _classifier(task: ClassifierTask, data: Data) -> Work:
         batch_size=task.batch_size,
         learning_rate=task.learning_rate,
         schedule=task.schedule,
+        sync_batch_norm=task.sync_batch_norm,
     )
     with seeded(task.seed, "classifier", "weights"):
         model = models.load(task.network, input_shape=_shape(data), classes=_classes(data))
@@ -334,7 +345,7 @@ def _classifier(task: ClassifierTask, data: Data) -> Work:
             run=run,
             on_batch=lambda: progress.advance(1),
         )
-        return _evaluated(task, trained, data, run)
+        return ranks.from_first(lambda: _evaluated(task, trained, data, run))
 
     return work
 
