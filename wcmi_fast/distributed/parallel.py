@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -19,18 +19,19 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class _Forward(nn.Module):
-    """A function as the forward pass of the modules that it uses."""
+    """A function as the forward pass of the weights that it uses."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], function: Callable[..., Any]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], function: Callable[..., Any]) -> None:
         super().__init__()
-        self.trained = nn.ModuleDict(modules)
+        # Weights alone: DistributedDataParallel would overwrite buffers by those of the first rank.
+        self._weights = nn.ParameterList(p for module in modules for p in module.parameters())
         self._function = function
 
     def forward(self, *given: Any) -> Any:
         return self._function(*given)
 
 
-def averaging(modules: Mapping[str, nn.Module], forward: Forward) -> Forward:
+def averaging(modules: Iterable[nn.Module], forward: Forward) -> Forward:
     """Return a forward pass whose backward averages the modules' gradients over the processes.
 
     That is torch's DistributedDataParallel around all of the forward pass, so that a step may use a
@@ -38,13 +39,12 @@ def averaging(modules: Mapping[str, nn.Module], forward: Forward) -> Forward:
     `share_statistics_`.
 
     Args:
-        modules: by name, all that the pass trains.
+        modules: all that the pass trains.
         forward: called once between backward passes.
     """
     if ranks.count() == 1:
         return forward
-    whole = _Forward(modules, forward)
-    return DistributedDataParallel(whole, broadcast_buffers=False)  # type: ignore[return-value]
+    return DistributedDataParallel(_Forward(modules, forward))  # type: ignore[return-value]
 
 
 @torch.no_grad()

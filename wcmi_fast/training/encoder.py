@@ -110,7 +110,7 @@ def train_encoder(
         return bounds[term](critics[term].global_(z), critics[term].local(images))
 
     values_of = averaging(
-        trained, lambda images: {term: value_of(term, images[term]) for term in weights_of}
+        trained.values(), lambda images: {term: value_of(term, images[term]) for term in weights_of}
     )
 
     def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> float:

@@ -68,7 +68,7 @@ def train_head(
         head = build(represent(fixed, x[:1]).shape[1], classes).to(x.device)
     if config.sync_batch_norm:
         synchronised_(head)
-    logits_of = averaging({"head": head}, lambda features: head.train()(features))
+    logits_of = averaging([head], lambda features: head.train()(features))
     optimizer = new_optimizer(config, head.parameters())
     watched = _watched(config.watch, head, "train_head", stage, fixed, x, y)
     if config.attack is None:
@@ -137,7 +137,7 @@ def train_classifier(
     model = model.to(x.device).to(memory_format=torch.channels_last)
     if config.sync_batch_norm:
         synchronised_(model)
-    logits_of = averaging({"model": model}, lambda images: model.train()(images))
+    logits_of = averaging([model], lambda images: model.train()(images))
     optimizer = new_optimizer(config, model.parameters())
     watched = _watched(config.watch, model, "train_classifier", stage, None, x, y)
 
