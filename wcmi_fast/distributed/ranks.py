@@ -54,8 +54,8 @@ def explained() -> Iterator[None]:
         if count() == 1:
             raise
         raise RuntimeError(
-            f"rank {rank()} of {count()}: {error}; where another process ended first, its own "
-            "message has the cause. What was saved stays: the same command with --out goes on there"
+            f"rank {rank()} of {count()} failed, or lost another that did. What was saved stays: "
+            f"the same command with --out goes on there. The error: {error}"
         ) from error
 
 
