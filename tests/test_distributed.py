@@ -14,6 +14,8 @@ import torch
 from networks import assert_twice_as_good
 from processes import on_ranks
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from wcmi_fast import PGD
 from wcmi_fast.distributed import ranks
@@ -96,6 +98,46 @@ def test_a_row_of_minus_infinity() -> None:
     for k in (0, 1):
         torch.testing.assert_close(found[0][k], wanted[k])
     torch.testing.assert_close(torch.cat([rank[2] for rank in found]), wanted[2])
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that an operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(made) if isinstance(x, Tensor)]
+        self.numbers = max(self.numbers, *sizes, 0)
+        return made
+
+
+def largest_tensor(n: int, p: int) -> int:
+    z = ranks.own(torch.randn(n, 4)).requires_grad_()
+    h = ranks.own(torch.randn(n, p, 4)).requires_grad_()
+    with Largest() as largest:
+        over_ranks("dv", BOUNDS["dv"])(z, h).backward()
+    return largest.numbers
+
+
+def test_no_process_has_all_of_t() -> None:
+    n, p = 64, 8
+    assert largest_tensor(n, p) >= n * n * p  # small: one process keeps it
+    assert max(on_ranks(4, largest_tensor, n, p)) <= n * (n // 4) * p
+
+
+def in_dtype(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return bound_and_gradients("dv", 1.0, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types(dtype: torch.dtype) -> None:
+    value, dz, dh = bound_and_gradients("dv", 1.0, torch.float64)
+    found = on_ranks(2, in_dtype, dtype)
+    assert found[0][1].dtype == found[0][2].dtype == dtype
+    ours = (found[0][0], *(torch.cat([rank[i] for rank in found]) for i in (1, 2)))
+    for mine, true in zip(ours, (value, dz, dh), strict=True):
+        assert (mine.double() - true).abs().max() <= 0.03 * true.abs().max()
 
 
 def twice_differentiated() -> None:

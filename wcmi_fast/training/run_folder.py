@@ -44,7 +44,8 @@ class Progress(NamedTuple):
 class RunFolder:
     """The folder of one run; made if it is not there.
 
-    On several processes only the first reads and writes: it tells the others.
+    On several processes all must call its methods; only the first reads and writes, and tells the
+    others.
 
     Args:
         path: the folder.
