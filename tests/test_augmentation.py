@@ -214,3 +214,11 @@ def test_bad_settings(options: dict[str, Any], sentence: str) -> None:
 def test_bad_images(x: Tensor, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         PAPER.augment(x, seeded())
+
+
+def test_a_part_of_a_batch_changes_as_in_it() -> None:
+    x = torch.rand(6, 3, 8, 8)
+    every = Augmentation(crop_padding=2, flip=True, jitter=0.3, rotation=10.0)
+    whole = every.augment(x, torch.Generator().manual_seed(0))
+    part = every.augment(x[2:5], torch.Generator().manual_seed(0), part_of=(2, 6))
+    assert torch.equal(part, whole[2:5])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from wcmi_fast import PGD
-from wcmi_fast.data import Feed
+from wcmi_fast.data import Feed, fed
+from wcmi_fast.distributed import ranks
 from wcmi_fast.models import BaselineH
 from wcmi_fast.training import (
     ClassifierConfig,
@@ -140,6 +142,11 @@ def test_bad_input() -> None:
         EncoderConfig(attack=ATTACK, free=2, beta=0.5)
     with pytest.raises(ValueError, match=r"critic_grad 'encoder_only', wanted beta 1 and 'full'"):
         EncoderConfig(attack=ATTACK, free=2, critic_grad="encoder_only")
+    with (
+        mock.patch.object(ranks, "count", return_value=2),
+        pytest.raises(ValueError, match="f: free is 3 on 2 processes, wanted one process"),
+    ):
+        Perturbation.of("f", CONFIG, fed(data()[0]))
     with pytest.raises(ValueError, match="step leaves no gradient on its images"):
         Perturbation(ATTACK, 1, (4, *SHAPE)).replay(
             lambda x: {"loss_nats": 0.0}, torch.rand(4, *SHAPE), 1.0

@@ -92,6 +92,7 @@ class PGD:
         *,
         modules: Iterable[nn.Module] = (),
         generator: torch.Generator | None = None,
+        part_of: tuple[int, int] | None = None,
     ) -> Tensor:
         """Return images near x that make ``loss_fn`` large.
 
@@ -126,6 +127,8 @@ class PGD:
             modules: run in eval mode with frozen weights and given back as they were.
             generator: source of the random starts, on the device of x. None is a generator
                 seeded with 0 at every call: pass your own to vary the starts across calls.
+            part_of: (first, rows) where x is the images from first on of a batch of so many rows,
+                of which other processes attack the rest: x then starts where that batch would.
 
         Returns:
             x itself if eps is 0; else a new tensor of the shape, dtype, device and memory format
@@ -134,9 +137,15 @@ class PGD:
         Raises:
             TypeError: x is not floating point; loss_fn returns no tensor.
             ValueError: x is empty or outside clip; loss_fn returns another shape or a loss that
-                does not depend on its argument; generator is on another device.
+                does not depend on its argument; generator is on another device; part_of leaves no
+                room for x.
         """
         self._check_images(x)
+        first, rows = (0, len(x)) if part_of is None else part_of
+        if not 0 <= first <= rows - len(x):
+            raise ValueError(
+                f"PGD.attack: part_of is {part_of}, wanted (first, rows) with room for x's {len(x)}"
+            )
         if self.eps == 0:
             return x
         modules = _submodules(modules)
@@ -148,7 +157,7 @@ class PGD:
             torch.inference_mode(False),
             torch.enable_grad(),
         ):
-            return self._run(loss_fn, x.detach(), generator, modules)
+            return self._run(loss_fn, x.detach(), generator, modules, (first, rows))
 
     def _run(
         self,
@@ -156,9 +165,12 @@ class PGD:
         origin: Tensor,
         generator: torch.Generator,
         modules: list[nn.Module],
+        part: tuple[int, int],
     ) -> Tensor:
         restart = partial(self._restart, loss_fn)
-        starts: Iterator[Tensor] = (self._start(origin, generator) for _ in range(self.restarts))
+        starts: Iterator[Tensor] = (
+            self._start(origin, generator, part) for _ in range(self.restarts)
+        )
         if self.cuda_graph:
             first = next(starts)
             settings = (self, *map(id, modules))
@@ -198,15 +210,21 @@ class PGD:
             losses = _losses(loss_fn, x_adv)
         return _keep_best(best, origin, x_adv, losses)
 
-    def _start(self, origin: Tensor, generator: torch.Generator) -> Tensor:
+    def _start(self, origin: Tensor, generator: torch.Generator, part: tuple[int, int]) -> Tensor:
         if not self.random_start:
             return origin.clone()
         if self.norm == "l2":
-            return _l2_start(origin, self.eps, self.clip, generator)
+            return _l2_start(origin, self.eps, self.clip, generator, part)
         # One number of the generator's; linf_start_ makes the same start of it on every device.
         seed = torch.randint(2**63 - 1, (), generator=generator, device=origin.device)
+        first = part[0] * origin[0].numel()
         return linf_start_(
-            torch.empty_like(origin), origin, eps=self.eps, seed=int(seed), clip=self.clip
+            torch.empty_like(origin),
+            origin,
+            eps=self.eps,
+            seed=int(seed),
+            clip=self.clip,
+            first=first,
         )
 
     def _check_images(self, x: Tensor) -> None:
@@ -281,7 +299,11 @@ def _keep_best(best: Best | None, origin: Tensor, x_adv: Tensor, losses: Tensor)
 
 
 def _l2_start(
-    origin: Tensor, eps: float, clip: tuple[float, float], generator: torch.Generator
+    origin: Tensor,
+    eps: float,
+    clip: tuple[float, float],
+    generator: torch.Generator,
+    part: tuple[int, int],
 ) -> Tensor:
     """Return a uniform point of each image's l2 ball, clipped.
 
@@ -289,9 +311,12 @@ def _l2_start(
     """
     dtype, device = accumulation_dtype(origin.dtype), origin.device
     # Drawn in index order, so that the start does not depend on the memory format of x.
-    noise = torch.randn(origin.shape, generator=generator, dtype=dtype, device=device)
+    first, rows = part
+    own = slice(first, first + len(origin))
+    shape = (rows, *origin.shape[1:])
+    noise = torch.randn(shape, generator=generator, dtype=dtype, device=device)[own]
     directions = normalize(noise.view(len(origin), -1), dim=1)
-    radii = torch.rand((len(origin), 1), generator=generator, dtype=dtype, device=device)
+    radii = torch.rand((rows, 1), generator=generator, dtype=dtype, device=device)[own]
     radii = eps * radii ** (1 / directions.shape[1])
     start = origin.clone()
     start += (radii * directions).view(origin.shape)

@@ -34,15 +34,16 @@ def philox4x32(counters: Tensor, key: tuple[int, int]) -> Tensor:
     return torch.stack([c0, c1, c2, c3], dim=-1)
 
 
-def uniform(count: int, seed: int, device: torch.device) -> Tensor:
+def uniform(count: int, seed: int, device: torch.device, *, first: int = 0) -> Tensor:
     """Return `count` float32 numbers, uniform in [-1, 1): multiples of 2**-23.
 
-    Number i is the upper 24 bits of word i % 4 for the counter i // 4, with the key `seed`.
+    Number i, counted from `first`, is the upper 24 bits of word i % 4 for the counter i // 4, with
+    the key `seed`.
     """
-    index = torch.arange((count + 3) // 4, device=device)
+    index = torch.arange(first // 4, (first + count + 3) // 4, device=device)
     zero = torch.zeros_like(index)
     counters = torch.stack([index & MASK, index >> 32, zero, zero], dim=-1)
-    words = philox4x32(counters, (seed & MASK, seed >> 32)).flatten()[:count]
+    words = philox4x32(counters, (seed & MASK, seed >> 32)).flatten()[first % 4 :][:count]
     return (words >> 8).float() * 2.0**-23 - 1
 
 

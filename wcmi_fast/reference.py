@@ -183,11 +183,12 @@ def linf_step_(
 
 @torch.no_grad()
 def linf_start_(
-    x: Tensor, origin: Tensor, *, eps: float, seed: int, clip: tuple[float, float]
+    x: Tensor, origin: Tensor, *, eps: float, seed: int, clip: tuple[float, float], first: int = 0
 ) -> Tensor:
     """Put x at a uniform random point of the eps-ball around origin, clipped, in place."""
     centre = origin.to(accumulation_dtype(origin.dtype))
-    noise = philox.uniform(origin.numel(), seed, origin.device).to(centre.dtype).view(origin.shape)
+    noise = philox.uniform(origin.numel(), seed, origin.device, first=first)
+    noise = noise.to(centre.dtype).view(origin.shape)
     return x.copy_((centre + eps * noise).clamp(*clip))
 
 

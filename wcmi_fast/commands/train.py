@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wcmi_fast import datasets
+from wcmi_fast.distributed import ranks
 from wcmi_fast.progress import shown
 from wcmi_fast.training import signals, tasks
 from wcmi_fast.training.presets import PRESETS, preset
@@ -74,25 +75,34 @@ def with_defaults(args: list[str]) -> list[str]:
 
 
 def execute(command: TrainCommand, console: Console) -> None:
-    """Train, and show the results.
+    """Train, and show the results; under torchrun, on all of its processes.
 
     Raises:
         SystemExit: a signal, with code 130 or 143, after a sentence that says how to go on.
+        RuntimeError: on several processes, one of them failed.
     """
+    task: Any = command.task
+    with ranks.joined(task.device), ranks.explained():
+        _train(command, console if ranks.is_first() else Console(quiet=True))
+
+
+def _train(command: TrainCommand, console: Console) -> None:
     chosen: Any = command.task
     name, kind = next((n, k) for n, k in tasks.TASKS.items() if isinstance(chosen, k))
     task = kind(**{each.name: getattr(chosen, each.name) for each in fields(kind)})
-    folder = chosen.out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    made = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = chosen.out or ranks.from_first(lambda: made)
     console.print(f"Run folder: {folder}", soft_wrap=True)
     rows = len(datasets.load(task.data).x_train)
     work, rate = tasks.batches_of(task, rows), (task.batch_size, "images/s")
     try:
-        with signals.finishing_steps(), shown(None, work, rate=rate) as progress:
+        bar = None if ranks.is_first() else False
+        with signals.finishing_steps(), shown(bar, work, rate=rate) as progress:
             progress.say(name)
             results = tasks.train(task, folder, progress)
     except signals.StoppedError as stopped:
         hint = f"{stopped}; to go on, add --out {folder} to the same command"
-        Console(stderr=True).print(hint, soft_wrap=True, markup=False)
+        Console(stderr=True, quiet=not ranks.is_first()).print(hint, soft_wrap=True, markup=False)
         raise SystemExit(128 + stopped.signal) from None
     console.print(_table(results))
     console.print(f"Results: {folder / tasks.RESULTS}", soft_wrap=True)

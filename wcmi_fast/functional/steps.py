@@ -151,6 +151,7 @@ def linf_start_(
     eps: float,
     seed: int,
     clip: tuple[float, float] = (0.0, 1.0),
+    first: int = 0,
     impl: str | None = None,
 ) -> Tensor:
     """Put x at a uniform random point of the l-infinity ball around origin, clip; in place.
@@ -167,6 +168,8 @@ def linf_start_(
         eps: radius of the ball, in units of x; no more than origin's arithmetic holds.
         seed: key of the random numbers, from 0 to 2**63 - 1.
         clip: lowest and highest value of x.
+        first: index of x's first element in a larger tensor, 0 or more: x gets the numbers which
+            that has there, so that its parts may be made apart. Not 0, it is the oracle that runs.
         impl: "reference", "cpu", "cuda", "triton", or None for the best there is.
 
     Returns:
@@ -174,7 +177,8 @@ def linf_start_(
 
     Raises:
         ValueError: shapes or devices that differ, eps < 0, NaN or too large, clip reversed, a seed
-            out of range, an unknown impl, an x that requires grad or shares memory with origin.
+            out of range, first < 0, an unknown impl, an x that requires grad or shares memory with
+            origin.
         TypeError: integer tensors, dtypes that differ, a seed that is no integer.
         RuntimeError: an impl that cannot be honoured.
 
@@ -192,10 +196,12 @@ def linf_start_(
     if eps > largest:
         raise ValueError(f"linf_start_: eps is {eps}, wanted at most {largest} for {x.dtype}")
     _check_seed("linf_start_", seed)
+    if first < 0:
+        raise ValueError(f"linf_start_: first is {first}, wanted 0 or more")
     lo, hi = _check_clip("linf_start_", clip)
     chosen = registry.choose("linf_start_", "linf_start_", registry.case_of(x), impl)
-    if chosen == registry.REFERENCE:
-        return reference.linf_start_(x, origin, eps=eps, seed=seed, clip=(lo, hi))
+    if chosen == registry.REFERENCE or first:
+        return reference.linf_start_(x, origin, eps=eps, seed=seed, clip=(lo, hi), first=first)
     torch.ops.wcmi_fast.linf_start_(x, origin, float(eps), int(seed), lo, hi, chosen)
     return x
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, pad
 
+from wcmi_fast.distributed import ranks
 from wcmi_fast.training.seeds import starts_generator
 
 # Weights of red, green and blue in a pixel's grey, as torchvision has them.
@@ -85,12 +86,19 @@ class Augmentation:
                 raise ValueError(f"Augmentation: {name} is {value!r}, wanted 0 to {most}")
 
     @torch.no_grad()
-    def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def augment(
+        self,
+        images: Tensor,
+        generator: torch.Generator,
+        *,
+        part_of: tuple[int, int] | None = None,
+    ) -> Tensor:
         """Return changed images.
 
         Args:
             images: (N, C, H, W), floating point, in [0, 1], in any memory format.
             generator: source of all that is random, on the device of images.
+            part_of: as for `PGD.attack`: images then change as in that batch.
 
         Returns:
             Images of the shape, dtype, device and memory format of images, in [0, 1]; images itself
@@ -100,7 +108,10 @@ class Augmentation:
             ValueError: images is not floating point of (N, C, H, W); C is not 1 or 3 with a jitter.
         """
         _check(self, images)
-        draws = self.draw(len(images), generator)
+        first, rows = (0, len(images)) if part_of is None else part_of
+        own = slice(first, first + len(images))
+        drawn = self.draw(rows, generator)
+        draws = Draws(*(None if each is None else each[own] for each in drawn))
         found = images
         if draws.offsets is not None or draws.flips is not None:
             found = moved(found, draws.offsets, draws.flips, self.crop_padding)
@@ -135,7 +146,8 @@ def augmented(
     """Return a batch augmented by an epoch's generator, on the host; or, for None, as it is."""
     if augmentation is None:
         return images
-    return augmentation.augment(images, starts_generator(generator, images.device))
+    starts = starts_generator(generator, images.device)
+    return augmentation.augment(images, starts, part_of=ranks.part_of(images))
 
 
 def moved(images: Tensor, offsets: Tensor | None, flips: Tensor | None, padding: int) -> Tensor:

@@ -39,6 +39,8 @@ class TrainingConfig:
         amp: convolutions and products in bfloat16, in attacks and steps; weights stay as they are.
         compile: let torch.compile fuse the forward and backward pass of a step (not of attacks,
             whose weights are folded anew for every batch).
+        sync_batch_norm: on several processes, normalise by the statistics of the whole batch
+            instead of each process's part of it.
 
     Raises:
         ValueError: a field out of its range.
@@ -57,6 +59,7 @@ class TrainingConfig:
     schedule: Schedule = "one_cycle"
     amp: bool = False
     compile: bool = False
+    sync_batch_norm: bool = False
 
     def __post_init__(self) -> None:
         owner = type(self).__name__

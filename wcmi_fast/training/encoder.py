@@ -9,14 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from wcmi_fast.data import Feed, fed
+from wcmi_fast.distributed import ranks
+from wcmi_fast.distributed.bounds import over_ranks
+from wcmi_fast.distributed.parallel import averaging, synchronised_
 from wcmi_fast.models import BaselineH, baseline_h
 from wcmi_fast.training.augmentation import augmented
 from wcmi_fast.training.config import EncoderConfig
 from wcmi_fast.training.free import Perturbation
 from wcmi_fast.training.objective import (
+    BOUNDS,
     WORST,
     Critic,
     ascended,
+    attacked_bound,
     attackers_loss,
     modules_of,
     new_critic,
@@ -93,11 +98,14 @@ def train_encoder(
     encoder = encoder.to(x.device).to(memory_format=torch.channels_last)
     critics = {term: critic.to(x.device) for term, critic in critics.items()}
     trained = {"encoder": encoder, **modules_of(critics)}
+    if config.sync_batch_norm:
+        trained = {name: synchronised_(module) for name, module in trained.items()}
     averaged = {f"averaged_{name}": copy.deepcopy(module) for name, module in trained.items()}
     weights = list(dict.fromkeys(p for module in trained.values() for p in module.parameters()))
     optimizer = new_optimizer(config, weights)
-    bounds = {term: ascended(config.bound, critic.locations) for term, critic in critics.items()}
-    perturbation = Perturbation.of(config, x)
+    ascending = {term: ascended(config.bound, critic.locations) for term, critic in critics.items()}
+    bounds = {term: over_ranks(config.bound, bound) for term, bound in ascending.items()}
+    perturbation = Perturbation.of("train_encoder", config, x)
     per_epoch = len(x) // config.batch_size
 
     encode = stepped(config, encoder)
@@ -114,11 +122,16 @@ def train_encoder(
         global_, local = sides[term]
         return bounds[term](global_(z), local(images))
 
+    values_of = averaging(
+        trained.values(), lambda images: {term: value_of(term, images[term]) for term in weights_of}
+    )
+
     def step(images: Mapping[str, Tensor]) -> Values:
         with autocast(config, x.device):
-            values = {term: value_of(term, images[term]) for term in weights_of}
+            values = values_of(images)
         optimizer.zero_grad(set_to_none=True)
-        (-torch.stack(tuple(values.values())).sum()).backward()
+        # A weight's gradient of the one global bound is the sum over the ranks, not their average.
+        (-ranks.count() * torch.stack(tuple(values.values())).sum()).backward()
         nn.utils.clip_grad_norm_(weights, config.grad_clip)
         optimizer.step()
         found = {term: value.item() for term, value in values.items()}
@@ -134,11 +147,13 @@ def train_encoder(
         else:
             images = dict.fromkeys(weights_of, clean)
             if WORST in images and config.attack is not None:
-                loss_fn = attackers_loss(config, encoder, critics[WORST])
+                name = attacked_bound(config)
+                bound = over_ranks(name, BOUNDS[name])
+                loss_fn = attackers_loss(config, bound, encoder, critics[WORST])
                 starts = starts_generator(generator, clean.device)
-                ramped = scaled(config.attack, part)
+                ramped, whole = scaled(config.attack, part), ranks.part_of(clean)
                 with autocast(config, x.device):
-                    images[WORST] = ramped.attack(loss_fn, clean, generator=starts)
+                    images[WORST] = ramped.attack(loss_fn, clean, generator=starts, part_of=whole)
             reported = step(images)
         number = round(done * config.epochs * per_epoch)
         decay = min(config.averaging, (1 + number) / (10 + number))
@@ -148,12 +163,13 @@ def train_encoder(
     def after_epoch(epoch: int) -> Values:
         if config.attack is None or WORST not in critics:
             return {}
-        part = ramp(epoch / config.epochs, config.eps_warmup)
-        probe = x[: config.batch_size]
+        attack = scaled(config.attack, ramp(epoch / config.epochs, config.eps_warmup))
+        probe, critic = x[: config.batch_size], critics[WORST]
         with autocast(config, x.device):
-            return strength(config, scaled(config.attack, part), encoder, critics[WORST], probe)
+            return ranks.from_first(lambda: strength(config, attack, encoder, critic, probe))
 
-    further = {"perturbation": perturbation, **{f"{term}_bound": b for term, b in bounds.items()}}
+    states = {f"{term}_bound": bound for term, bound in ascending.items()}
+    further = {"perturbation": perturbation, **states}
     modules = {
         **trained,
         **averaged,

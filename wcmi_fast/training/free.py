@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from wcmi_fast.attacks import PGD
 from wcmi_fast.data import Feed
+from wcmi_fast.distributed import ranks
 from wcmi_fast.functional.steps import linf_step_
 from wcmi_fast.training.config import TrainingConfig
 from wcmi_fast.training.stage import Values
@@ -34,10 +35,18 @@ class Perturbation(nn.Module):
         self.register_buffer("delta", torch.zeros(shape))
 
     @classmethod
-    def of(cls, config: TrainingConfig, x: Feed) -> Perturbation | None:
-        """Return a perturbation for batches of x if the config wants replays."""
+    def of(cls, owner: str, config: TrainingConfig, x: Feed) -> Perturbation | None:
+        """Return a perturbation for batches of x if the config wants replays.
+
+        Raises:
+            ValueError: there are several processes; a checkpoint has one perturbation.
+        """
         if config.attack is None or not config.free:
             return None
+        if ranks.count() > 1:
+            raise ValueError(
+                f"{owner}: free is {config.free} on {ranks.count()} processes, wanted one process"
+            )
         return cls(config.attack, config.free, (config.batch_size, *x.shape[1:])).to(x.device)
 
     def replay(self, step: Callable[[Tensor], Values], clean: Tensor, part: float) -> Values:

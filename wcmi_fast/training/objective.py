@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wcmi_fast import functional
-from wcmi_fast.functional.bounds import MEASURES
+from wcmi_fast.functional.bounds import MEASURES, CriticStats
 from wcmi_fast.functional.ema import EMAState
 from wcmi_fast.models import GlobalCritic, LocalCritic, Normalise
 from wcmi_fast.models.folding import folded
@@ -142,11 +142,13 @@ class Mine(nn.Module):
         self._state = EMAState()
         self.register_buffer("log_mean", torch.full((locations,), torch.nan))
 
-    def forward(self, z: Tensor, h: Tensor) -> Tensor:
-        """Return the bound of z (N, U) and h (N, P, U), and move the average."""
+    def forward(
+        self, z: Tensor | None = None, h: Tensor | None = None, *, stats: CriticStats | None = None
+    ) -> Tensor:
+        """Return the bound of z (N, U) and h (N, P, U), or of stats, and move the average."""
         begun = not bool(self.log_mean.isnan().any())
         self._state.log_mean = self.log_mean if begun else None
-        value = functional.mine(z, h, ema_state=self._state)
+        value = functional.mine(z, h, stats=stats, ema_state=self._state)
         if self._state.log_mean is not None:
             self.log_mean = self._state.log_mean
         return value
@@ -160,24 +162,30 @@ def ascended(name: str, locations: int) -> Bound:
 
 
 def attackers_loss(
-    config: EncoderConfig, encoder: nn.Module, critic: Critic, *, refresh: int | None = None
+    config: EncoderConfig,
+    bound: Bound,
+    encoder: nn.Module,
+    critic: Critic,
+    *,
+    refresh: int | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """Return the attacker's loss for one batch, with today's weights; see `information_loss`.
 
     Args:
-        config: bound, critic_grad and critic_refresh.
+        config: critic_grad and critic_refresh.
+        bound: that of `attacked_bound`.
         encoder, critic: as they are trained; copies in eval mode are attacked.
         refresh: in the place of config.critic_refresh.
     """
     return information_loss(
         folded(encoder),
         Critic(folded(critic.global_), folded(critic.local)),
-        attacked_bound(config),
+        bound,
         config.critic_grad,
         config.critic_refresh if refresh is None else refresh,
     )
 
 
-def attacked_bound(config: EncoderConfig) -> Bound:
-    """Return the bound that attacks lower: mine's value is dv's."""
-    return BOUNDS["dv" if config.bound == "mine" else config.bound]
+def attacked_bound(config: EncoderConfig) -> str:
+    """Return the name of the bound that attacks lower: mine's value is dv's."""
+    return "dv" if config.bound == "mine" else config.bound

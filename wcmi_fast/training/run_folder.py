@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from wcmi_fast.distributed import ranks
 from wcmi_fast.files import discard, write_file
 from wcmi_fast.training import checkpoint
 
@@ -43,6 +44,9 @@ class Progress(NamedTuple):
 class RunFolder:
     """The folder of one run; made if it is not there.
 
+    On several processes all must call its methods; only the first reads and writes, and tells the
+    others.
+
     Args:
         path: the folder.
         every: batches between the checkpoints within an epoch; None makes none there.
@@ -63,6 +67,8 @@ class RunFolder:
         on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
     ) -> None:
         self.path, self.every, self.keep, self._on_record = path, every, keep, on_record
+        if not ranks.is_first():
+            return
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -86,6 +92,9 @@ class RunFolder:
         Raises:
             ValueError: the folder has other settings; the message names those that differ.
         """
+        ranks.from_first(lambda: self._claim(owner, settings))
+
+    def _claim(self, owner: str, settings: Mapping[str, Any]) -> None:
         file = self.path / SETTINGS
         wanted = json.loads(json.dumps(settings))
         there = json.loads(file.read_text()) if file.exists() else wanted
@@ -130,6 +139,8 @@ class RunFolder:
         metrics: Mapping[str, float],
     ) -> None:
         """Checkpoint a stage after `epoch` epochs, log its metrics, drop the oldest checkpoints."""
+        if not ranks.is_first():
+            return
         record = {"stage": stage, "epoch": epoch, **metrics}
         self._write(stage, f"epoch-{epoch:04d}", checkpoint.pack(modules, optimizer), record)
         with (self.path / METRICS).open("a") as file:
@@ -140,6 +151,8 @@ class RunFolder:
         self, stage: str, at: Progress, modules: Mapping[str, nn.Module], optimizer: Optimizer
     ) -> None:
         """Checkpoint a stage within an epoch."""
+        if not ranks.is_first():
+            return
         tensors = checkpoint.pack(modules, optimizer)
         tensors |= {f"{RANDOM}.{name}": state for name, state in at.random.items()}
         record = {"stage": stage, "epoch": at.epoch, "batch": at.batch, "values": at.values}
@@ -156,7 +169,7 @@ class RunFolder:
         Raises:
             CheckpointError: no checkpoint can be read, or the one that can does not fit.
         """
-        found = self._newest(stage)
+        found = ranks.from_first(lambda: self._newest(stage))
         if found is None:
             self._drop_metrics(stage, after=0)
             return Progress(epoch=0)
@@ -181,7 +194,7 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the logged records; a line that a kill left half-written is passed over."""
-        return list(self._records())
+        return ranks.from_first(lambda: list(self._records()))
 
     def _write(
         self, stage: str, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
@@ -223,6 +236,8 @@ class RunFolder:
     def _drop_metrics(
         self, stage: str, *, after: int, newest: Mapping[str, Any] | None = None
     ) -> None:
+        if not ranks.is_first():
+            return
         # The newest record is rewritten: a kill may have come between checkpoint and log.
         kept = [
             record

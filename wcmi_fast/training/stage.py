@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from wcmi_fast.data import batches
+from wcmi_fast.distributed import ranks
+from wcmi_fast.distributed.parallel import share_statistics_
 from wcmi_fast.training import signals
 from wcmi_fast.training.run_folder import Progress, RunFolder
 from wcmi_fast.training.seeds import seeded
@@ -39,7 +42,8 @@ class Stage:
         epochs: passes over them.
         batch_size: examples per batch; an incomplete last batch is left out.
         modules, optimizer: what a checkpoint holds.
-        train_batch: does one step; means over an epoch of what it reports are its metrics.
+        train_batch: does one step; on several processes, with its part of a batch's indices. Means
+            over an epoch of what it reports are its metrics.
         on_batch: told after every batch what it reported.
         after_epoch: told how many epochs are done; returns further metrics.
         ended: whether to leave out the epochs that are left.
@@ -66,11 +70,16 @@ def run_stage(stage: Stage, run: RunFolder) -> None:
     `signals.finishing_steps`). Each epoch has its own seed, and a checkpoint within one holds the
     random states: a resumed run is the uninterrupted one, bit for bit.
 
+    On several processes each trains on its part of every batch, the first writes, and a signal to
+    one ends all after the same step.
+
     Raises:
+        ValueError: several processes cannot share a batch equally.
         FloatingPointError: a value is not finite; the message names stage, epoch and batch.
         StoppedError: a signal came.
         CheckpointError, OSError: a checkpoint cannot be read, or written.
     """
+    ranks.check_batch(stage.owner, stage.batch_size)
     at = run.restore(stage.name, stage.modules, stage.optimizer)
     while at.epoch < stage.epochs and not stage.ended():
         with seeded(stage.seed, stage.name, at.epoch) as generator:
@@ -78,7 +87,7 @@ def run_stage(stage: Stage, run: RunFolder) -> None:
         at = Progress(epoch=at.epoch + 1)
         metrics = {**_means(values), **stage.after_epoch(at.epoch)}
         run.save_epoch(stage.name, at.epoch, stage.modules, stage.optimizer, metrics)
-        _stop_if_asked(stage, at)
+        _stop_if_asked(stage, at, _asked())
 
 
 def _means(values: Sequence[Values]) -> dict[str, float]:
@@ -96,23 +105,32 @@ def _epoch(stage: Stage, run: RunFolder, at: Progress, generator: torch.Generato
         if batch < at.batch:
             continue
         done = (at.epoch * per_epoch + batch) / (stage.epochs * per_epoch)
-        values.append(stage.train_batch(indices, done, generator))
+        with ranks.own_random_numbers():
+            values.append(stage.train_batch(ranks.own(indices), done, generator))
+        share_statistics_(stage.modules.values())
         _check_finite(stage, values[-1], at.epoch, batch)
         stage.on_batch(values[-1])
         if batch + 1 == per_epoch:
             break
-        asked = signals.received() is not None
+        asked = _asked()
         if asked or (run.every and (batch + 1) % run.every == 0):
             random = {"global": torch.get_rng_state(), "generator": generator.get_state()}
             here = Progress(at.epoch, batch + 1, tuple(values), random)
             run.save(stage.name, here, stage.modules, stage.optimizer)
-            _stop_if_asked(stage, here)
+            _stop_if_asked(stage, here, asked)
     return values
 
 
-def _stop_if_asked(stage: Stage, at: Progress) -> None:
-    asked = signals.received()
+def _asked() -> signal.Signals | None:
+    """Return the signal that asks for an end, of any process; called by all at the same time."""
+    number = ranks.highest(signals.received() or 0)
+    return signal.Signals(number) if number else None
+
+
+def _stop_if_asked(stage: Stage, at: Progress, asked: signal.Signals | None) -> None:
     if asked is not None:
+        # Where a process ends, torchrun ends the others: not before the first has saved.
+        ranks.wait()
         raise signals.StoppedError(asked, stage.name, at.epoch, at.batch)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from wcmi_fast.attacks import PGD
 from wcmi_fast.models.folding import folded
 from wcmi_fast.training.config import EncoderConfig
-from wcmi_fast.training.objective import Critic, attacked_bound, attackers_loss
+from wcmi_fast.training.objective import BOUNDS, Critic, attacked_bound, attackers_loss
 
 
 def strength(
@@ -28,15 +28,15 @@ def strength(
         attack comes that spares none.
     """
     fixed, sides = folded(encoder), Critic(folded(critic.global_), folded(critic.local))
-    bound = attacked_bound(config)
+    bound = BOUNDS[attacked_bound(config)]
 
     @torch.no_grad()
     def value(x: Tensor) -> float:
         return bound(sides.global_(fixed(x)), sides.local(x)).item()
 
-    attacked = value(attack.attack(attackers_loss(config, encoder, critic), images))
+    attacked = value(attack.attack(attackers_loss(config, bound, encoder, critic), images))
     found = {"probe_clean": value(images), "probe_attacked": attacked}
     if config.critic_grad == "encoder_only" and config.critic_refresh != 1:
-        exact = attack.attack(attackers_loss(config, encoder, critic, refresh=1), images)
+        exact = attack.attack(attackers_loss(config, bound, encoder, critic, refresh=1), images)
         found["refresh_lost"] = attacked - value(exact)
     return found

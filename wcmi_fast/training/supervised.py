@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from wcmi_fast.data import Feed, fed
+from wcmi_fast.distributed import ranks
+from wcmi_fast.distributed.parallel import averaging, synchronised_
 from wcmi_fast.models import LinearHead, MLPHead
 from wcmi_fast.models.folding import folded
 from wcmi_fast.training.augmentation import augmented
@@ -126,8 +128,11 @@ def _fit(fit: _Fit, seed: int, stage: str, run: RunFolder, on_batch: OnBatch) ->
     rows = _trained_rows(fit.owner, config.watch, len(fit.x), config.batch_size)
     optimizer = new_optimizer(config, model.parameters())
     watched = None if config.watch is None else _watched(fit, config.watch, stage)
-    perturbation = Perturbation.of(config, fit.x)
+    perturbation = Perturbation.of(fit.owner, config, fit.x)
     features_of, forward = _features_of(fit), stepped(config, model)
+    if config.sync_batch_norm:
+        synchronised_(model)
+    logits_of = averaging([model], lambda features: forward(features))
 
     def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> Values:
         labels = fit.y[indices]
@@ -136,13 +141,13 @@ def _fit(fit: _Fit, seed: int, stage: str, run: RunFolder, on_batch: OnBatch) ->
         def step(features: Tensor) -> Values:
             model.train()
             with autocast(config, fit.x.device):
-                logits = forward(features)
+                logits = logits_of(features)
                 loss = cross_entropy(logits, labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             right = (logits.argmax(1) == labels).float().mean()
-            return {"loss_nats": loss.item(), "training_accuracy": right.item()}
+            return {"loss_nats": ranks.mean(loss), "training_accuracy": ranks.mean(right)}
 
         if perturbation is not None:
             part = ramp(done, config.eps_warmup)
@@ -185,7 +190,8 @@ def _features_of(fit: _Fit) -> Callable[[Tensor, float, torch.Generator], Tensor
                 loss_fn = classification_loss(fit.encoder, folded(fit.model), fit.y[indices])
                 ramped = scaled(config.attack, ramp(done, config.eps_warmup))
                 starts = starts_generator(generator, images.device)
-                images = ramped.attack(loss_fn, images, generator=starts)
+                whole = ranks.part_of(images)
+                images = ramped.attack(loss_fn, images, generator=starts, part_of=whole)
             return represent(fit.encoder, images)
 
     return changed
@@ -208,7 +214,9 @@ def _watched(fit: _Fit, watch: Watch, stage: str) -> Watched:
     held = slice(len(fit.x) - watch.rows, len(fit.x))
 
     def measure() -> float:
-        return accuracy(fit.encoder, fit.model, fit.x[held], fit.y[held], attack=watch.attack)
+        return ranks.from_first(
+            lambda: accuracy(fit.encoder, fit.model, fit.x[held], fit.y[held], attack=watch.attack)
+        )
 
     return Watched(watch, fit.model, measure, fit.owner, stage).to(fit.x.device)
 

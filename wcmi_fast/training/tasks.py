@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from wcmi_fast import datasets, models
 from wcmi_fast.attacks import PGD
 from wcmi_fast.data import Data, Feed
 from wcmi_fast.diagnosis import revision, versions
+from wcmi_fast.distributed import ranks
 from wcmi_fast.files import write_file
 from wcmi_fast.models.loading import read_state
 from wcmi_fast.progress import Progress
@@ -114,6 +116,8 @@ class Task:
     """Batches between checkpoints; there is one after every epoch, too."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too, into the folder tensorboard."""
+    sync_batch_norm: bool = False
+    """On several processes, normalise by the statistics of the whole batch."""
 
     def attack(self) -> PGD:
         """Return the attack of training."""
@@ -231,6 +235,8 @@ TASKS: dict[str, type[Task]] = {
 def train(task: Task, folder: Path, progress: Progress) -> dict[str, Any]:
     """Do a task into a folder: config.toml, metrics.jsonl, weights and results.json.
 
+    On several processes all do the task, and the first one writes (docs/scaling.md).
+
     Args:
         task: what to train.
         folder: an interrupted run of the same task goes on there.
@@ -249,17 +255,19 @@ def train(task: Task, folder: Path, progress: Progress) -> dict[str, Any]:
     data = _cut(datasets.load(task.data), task)
     _check_rows(task, len(data.x_train))
     work = _WORK[name](task, data)  # raises for what does not fit, before the folder is claimed
-    written = writer(folder / BOARD) if task.tensorboard else lambda record: None
+    boarded = task.tensorboard and ranks.is_first()
+    written = writer(folder / BOARD) if boarded else lambda record: None
     run = RunFolder(folder, every=task.checkpoint_every, on_record=written)
     settings = json.loads(json.dumps(asdict(task), default=str))
     run.claim("train", {"task": name, **settings})
     known = {key: value for key, value in settings.items() if value is not None}
     about = {**versions(), "revision": revision()}
-    write_file(folder / CONFIG, tomli_w.dumps({name: known, "versions": about}))
+    config = tomli_w.dumps({name: known, "versions": about})
+    ranks.from_first(lambda: write_file(folder / CONFIG, config))
     began = time.perf_counter()
     found = work(run, progress)
     results = {"task": name, **found, "seconds": time.perf_counter() - began}
-    write_file(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+    ranks.from_first(lambda: write_file(folder / RESULTS, json.dumps(results, indent=1) + "\n"))
     return results
 
 
@@ -284,6 +292,7 @@ def _check(task: Task) -> None:
         value = getattr(task, name)
         if value < 1:
             raise ValueError(f"train: {name} is {value}, wanted 1 or more")
+    ranks.check_batch("train", task.batch_size)
     task.attack()
     task.augmentation()
     task.test_attack()
@@ -339,9 +348,9 @@ def _encoder(task: EncoderTask, data: Data) -> Work:
             on_batch=told(progress),
         )
         whole.load_state_dict({**whole.state_dict(), **encoder.state_dict()})
-        save_weights(run.path / ENCODER, whole)
-        for name, side in critic.modules().items():
-            save_weights(run.path / f"{name}.safetensors", side)
+        sides = {f"{name}.safetensors": side for name, side in critic.modules().items()}
+        for file, module in {ENCODER: whole, **sides}.items():
+            ranks.from_first(partial(save_weights, run.path / file, module))
         return {"bound_nats": run.metrics()[-1]["bound_nats"]}
 
     return work
@@ -373,7 +382,7 @@ def _head(task: HeadTask, data: Data) -> Work:
         )
         parts = {f"head.{name}": value for name, value in head.state_dict().items()}
         whole.load_state_dict({**encoder.state_dict(), **parts})
-        return _evaluated(task, whole, data, run)
+        return ranks.from_first(lambda: _evaluated(task, whole, data, run))
 
     return work
 
@@ -405,7 +414,7 @@ def _classifier(task: ClassifierTask, data: Data) -> Work:
             run=run,
             on_batch=told(progress),
         )
-        return _evaluated(task, trained, data, run)
+        return ranks.from_first(lambda: _evaluated(task, trained, data, run))
 
     return work
 
