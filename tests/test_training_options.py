@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import subprocess
@@ -182,6 +183,29 @@ def test_an_encoders_metrics(tmp_path: Path) -> None:
         assert {"probe_clean", "probe_attacked", "refresh_lost"} <= record.keys()
     trained(replace(SMALL, beta=0.0), tmp_path / "plain")
     assert "probe_clean" not in RunFolder(tmp_path / "plain").metrics()[-1]
+
+
+def test_free_training_of_an_encoder_resumes(tmp_path: Path) -> None:
+    assert resumes(replace(SMALL, free=2), tmp_path)
+
+
+def test_a_classifier_is_attacked_in_eval_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = BaselineH(SHAPE, dim=3), []
+    # One label: the order of the batch does not matter.
+    x, y = images(), torch.zeros(24, dtype=torch.int64)
+
+    def attack(self: PGD, loss_fn: Any, x: Tensor, **given: Any) -> Tensor:
+        fixed = copy.deepcopy(model).eval()
+        wanted = torch.nn.functional.cross_entropy(fixed(x), y, reduction="none")
+        seen.append(torch.allclose(loss_fn(x), wanted, atol=1e-4))
+        return x
+
+    monkeypatch.setattr(PGD, "attack", attack)
+    config = ClassifierConfig(attack=ATTACK, epochs=3, batch_size=24, eps_warmup=0.0)
+    train_classifier(config, model, x, y, seed=0, stage="c", run=RunFolder(tmp_path))
+    assert seen == [True] * 3
 
 
 def test_a_classifiers_metrics(tmp_path: Path) -> None:
