@@ -15,7 +15,7 @@ import torch.distributed as dist
 def on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call a function of a module in so many processes; return their results, or errors, in order.
 
-    One process is one without a process group. A process that ends without a result gives None.
+    One process is without a group. One without a result gives None.
     """
     # The server imports once what takes seconds (the optimisers import the last); then it forks.
     context = multiprocessing.get_context("forkserver")
@@ -28,7 +28,8 @@ def on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         for process in processes:
             process.start()
         for process in processes:
-            process.join(120)
+            process.join(100)
+            process.kill()
         files = [Path(folder) / f"result-{rank}" for rank in range(count)]
         return [torch.load(f, weights_only=False) if f.exists() else None for f in files]
 
