@@ -1,6 +1,7 @@
 """torchattacks' PGD and AutoAttack beside our PGD, on a classifier of `wcmi-fast export`.
 
-torchattacks is no dependency of wcmi_fast. It asks for a requests of 2021, which it does not import:
+torchattacks is no dependency of wcmi_fast. The release of requests that it asks for is of 2021, and
+not imported:
 
     pip install --no-deps torchattacks
     python benchmarks/outside_attacks.py classifier.pt2 --data fashion_mnist --autoattack
@@ -126,14 +127,18 @@ def their_autoattack(model: nn.Module, settings: Settings, classes: int) -> Atta
 
 
 def row(name: str, by: str, attack: Attack, model: nn.Module, x: Tensor, y: Tensor) -> Row:
-    """Attack all images, batch by batch, and classify them."""
-    start, correct, change = time.perf_counter(), 0, 0.0
+    """Attack all images, batch by batch, and classify them; say on stderr how far it is."""
+    start, correct, done, change = time.perf_counter(), 0, 0, 0.0
     for clean, labels in zip(x.split(BATCH), y.split(BATCH), strict=True):
-        images = attack(clean, labels)
+        images = attack(clean, labels).detach()
         with torch.no_grad():
             correct += int((model(images).argmax(1) == labels).sum())
         change = max(change, float((images - clean).abs().max()))
-    return Row(name, by, 100 * correct / len(x), change, time.perf_counter() - start)
+        done += len(clean)
+        seconds = time.perf_counter() - start
+        so_far = f"{correct} of {done} images correct, {seconds:.1f} s"
+        print(f"{name} {by}: {so_far}", file=sys.stderr, flush=True)
+    return Row(name, by, 100 * correct / done, change, seconds)
 
 
 def rows(
@@ -153,8 +158,7 @@ def rows(
             found = row(name, PEER, theirs, model, x, y)
         yield found
     if autoattack:
-        with torch.no_grad():
-            classes = model(x[:1]).shape[1]
+        classes = class_count(model, x, y)
         with peer_runs():
             found = row("AutoAttack", PEER, their_autoattack(model, settings, classes), model, x, y)
         yield found
@@ -234,12 +238,35 @@ def _positive(text: str) -> float:
     return number
 
 
-def test_images(data: str, count: int) -> tuple[Tensor, Tensor]:
+def first_images(data: str, count: int) -> tuple[Tensor, Tensor]:
     """Return the first test images in [0, 1], float32, and their labels."""
     found = datasets.load(data)
     if count > len(found.x_test):
         raise ValueError(f"outside_attacks: images is {count} of {len(found.x_test)} test images")
     return Feed(found.x_test, "cpu")[:count], found.y_test[:count]
+
+
+@torch.no_grad()
+def class_count(model: nn.Module, x: Tensor, y: Tensor) -> int:
+    """Return the number of classes that the model has logits for.
+
+    Raises:
+        ValueError: the model takes other images, or gives no logits for the labels.
+    """
+    try:
+        logits = model(x[:1])
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"outside_attacks: data has images of shape {tuple(x.shape[1:])}, wanted those of the "
+            f"file: {error}"
+        ) from error
+    labels = int(y.max()) + 1
+    if logits.ndim != 2 or logits.shape[1] < labels:
+        raise ValueError(
+            f"outside_attacks: file gives outputs of shape {tuple(logits.shape)} for an image, "
+            f"wanted logits for {labels} classes"
+        )
+    return int(logits.shape[1])
 
 
 def main(argv: Sequence[str]) -> int:
@@ -252,16 +279,15 @@ def main(argv: Sequence[str]) -> int:
     try:
         import_peer(PEER)
         model = load_exported(arguments.file)
-        x, y = test_images(arguments.data, arguments.images)
-        found = []
-        for each in rows(model, x, y, settings, autoattack=arguments.autoattack):
-            found.append(each)
-            print(f"{each.attack} {each.by}: {each.seconds:.1f} s", file=sys.stderr, flush=True)
+        x, y = first_images(arguments.data, arguments.images)
+        class_count(model, x, y)
+        found = list(rows(model, x, y, settings, autoattack=arguments.autoattack))
     except PeerFailedError as error:
         reader.error(f"{PEER} does not run: {error}; pip install --no-deps {PEER}")
     except (ValueError, OSError) as error:
         reader.error(str(error))
-    title = f"{len(x)} test images of {arguments.data}, {settings}"
+    steps = f"{settings.steps} steps of {settings.step_size:g}"
+    title = f"{len(x)} test images of {arguments.data}; eps {settings.eps:g}, {steps}"
     console.print(table(found, title))
     for name, points in differences(found).items():
         console.print(f"{name}: theirs - ours = {points:+.1f} points, at most {ALLOWED:g} allowed")
