@@ -191,12 +191,17 @@ def table(found: Sequence[Row], title: str) -> Table:
     return made
 
 
+def peer_version() -> str:
+    """Return the version of torchattacks."""
+    return metadata.version(PEER)
+
+
 def as_json(found: Sequence[Row], arguments: argparse.Namespace, settings: Settings) -> str:
     """Return everything measured, and with what."""
     content = {
         "environment": {
             **msgspec.to_builtins(environment()),
-            PEER: metadata.version(PEER),
+            PEER: peer_version(),
         },
         "file": str(arguments.file),
         "data": arguments.data,
@@ -222,6 +227,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--autoattack", action="store_true", help="AutoAttack too, many minutes")
     made.add_argument("--json", type=Path, metavar="FILE")
     return made
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """Return the attacks' settings."""
+    step_size = arguments.step_size or 2.5 * arguments.eps / arguments.steps
+    return Settings(arguments.eps, step_size, arguments.steps, arguments.seed)
 
 
 def _count(text: str) -> int:
@@ -273,8 +284,7 @@ def main(argv: Sequence[str]) -> int:
     """Attack, print, write; return the exit status."""
     reader = parser()
     arguments = reader.parse_args(argv)
-    step_size = arguments.step_size or 2.5 * arguments.eps / arguments.steps
-    settings = Settings(arguments.eps, step_size, arguments.steps, arguments.seed)
+    settings = settings_of(arguments)
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     try:
         import_peer(PEER)
