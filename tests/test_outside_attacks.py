@@ -160,6 +160,15 @@ def test_a_point_is_allowed_either_way(theirs: float, agree: bool) -> None:
     assert outside_attacks.differences(rows) == {"PGD": theirs - 60.0}
 
 
+def test_the_first_images_are_taken(tmp_path: Path) -> None:
+    x = np.arange(3 * 64, dtype=np.uint8).reshape(3, 8, 8)
+    y = np.array([2, 1, 0])
+    np.savez(tmp_path / "data.npz", x_train=x[::-1], y_train=y[::-1], x_test=x, y_test=y)
+    images, labels = outside_attacks.first_images(str(tmp_path / "data.npz"), 2)
+    assert torch.equal(images, torch.tensor(x[:2, None]).float() / 255)
+    assert labels.tolist() == [2, 1]
+
+
 def said(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     with pytest.raises(SystemExit) as raised:
         outside_attacks.main(list(args))
