@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wcmi_fast import diagnosis
-from wcmi_fast.commands import measure, quickstart, reproduce, train
+from wcmi_fast.commands import export, measure, quickstart, reproduce, train
 
 # What a user can mend; anything else is our mistake, and keeps its traceback.
 ERRORS = (TypeError, ValueError, OSError, FloatingPointError, ModuleNotFoundError, RuntimeError)
@@ -28,6 +28,7 @@ Command = (
     | Annotated[measure.MeasureCommand, tyro.conf.subcommand("measure")]
     | Annotated[reproduce.ReproduceCommand, tyro.conf.subcommand("reproduce")]
     | Annotated[train.TrainCommand, tyro.conf.subcommand("train")]
+    | Annotated[export.ExportCommand, tyro.conf.subcommand("export")]
 )
 
 
@@ -50,6 +51,8 @@ def main(args: list[str] | None = None) -> None:
                 reproduce.execute(command, console)
             case train.TrainCommand():
                 train.execute(command, console)
+            case export.ExportCommand():
+                export.execute(command, console)
     except ERRORS as error:
         Console(stderr=True).print(f"wcmi-fast: {error}", style="red", markup=False)
         raise SystemExit(1) from error

@@ -16,6 +16,7 @@ from wcmi_fast.models.classifiers import (
 from wcmi_fast.models.critics import GlobalCritic, LocalCritic, OneByOneBlock, VectorCritic
 from wcmi_fast.models.dot_critic import DotCritic, FrozenCritic
 from wcmi_fast.models.encoders import BaselineH
+from wcmi_fast.models.exporting import export, export_weights, load_exported
 from wcmi_fast.models.heads import LinearHead, MLPHead
 from wcmi_fast.models.loading import load, load_weights, read_state
 
@@ -37,7 +38,10 @@ __all__ = [
     "baseline_h_linear",
     "baseline_h_mlp",
     "densenet121",
+    "export",
+    "export_weights",
     "load",
+    "load_exported",
     "load_weights",
     "read_state",
     "resnet18",
