@@ -249,7 +249,6 @@ def _check(task: Task) -> None:
         if value < 1:
             raise ValueError(f"train: {name} is {value}, wanted 1 or more")
     task.attack()
-    task.augmentation()
     task.test_attack()
 
 
