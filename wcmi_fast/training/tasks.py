@@ -294,7 +294,6 @@ def _check(task: Task) -> None:
             raise ValueError(f"train: {name} is {value}, wanted 1 or more")
     ranks.check_batch("train", task.batch_size)
     task.attack()
-    task.augmentation()
     task.test_attack()
 
 
