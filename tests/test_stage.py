@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from wcmi_fast import files
 from wcmi_fast.training import checkpoint, signals
 from wcmi_fast.training.run_folder import RunFolder
 from wcmi_fast.training.seeds import seeded
@@ -152,6 +154,30 @@ def test_no_checkpoint_that_can_be_read(tmp_path: Path) -> None:
     ):
         finished(tmp_path)
     assert len(list((tmp_path / "checkpoints" / "s").iterdir())) == 2
+
+
+@pytest.mark.parametrize("written", [3, 4, 7])
+def test_a_full_disk_leaves_the_last_checkpoint(
+    written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = finished(tmp_path / "whole")
+    real, left = files._write_synced, iter(range(written))
+
+    def full(path: Path, data: bytes) -> None:
+        if next(left, None) is None:
+            path.write_bytes(data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, data)
+
+    run = RunFolder(tmp_path / "full", every=2)
+    monkeypatch.setattr(files, "_write_synced", full)
+    with pytest.raises(OSError, match=r"No space left on device: could not write .*nothing was"):
+        run_stage(noisy_stage(), run)
+    monkeypatch.setattr(files, "_write_synced", real)
+    with warnings.catch_warnings():
+        # Of a checkpoint that cannot be read.
+        warnings.simplefilter("error")
+        assert same(finished(tmp_path / "full"), wanted)
 
 
 def test_a_value_that_is_not_finite(tmp_path: Path) -> None:
