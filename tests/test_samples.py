@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,6 +22,7 @@ from wcmi_fast.information.results import Evidence
 from wcmi_fast.information.sample_critic import Critic, Member, SampleConfig
 from wcmi_fast.information.sample_report import SampleReport
 from wcmi_fast.information.samples import sample_information
+from wcmi_fast.progress import Progress
 
 QUICK = SampleConfig(units=4, width=16, members=2, steps=50, batch_size=64, learning_rate=1e-2)
 # For what does not depend on how well critics are trained.
@@ -93,7 +95,7 @@ def test_shares_of_the_rows_add_up_to_the_bounds() -> None:
 @pytest.mark.parametrize("bound", ["dv", "nwj", "smile"])
 def test_shares_of_the_rows_vary_as_the_bound_does(bound: str) -> None:
     """Also for a critic that is wrong about both sides, whose columns and rows differ."""
-    critic = member(0.3, 0.05)
+    critic = member(0.3, 0.05, shift=-1.0)
     found, errors = [], []
     for seed in range(300):
         shares = sample_critic.contributions(critic, *correlated(200, seed, 0.5), (bound,))[0]
@@ -107,6 +109,43 @@ def test_a_critic_is_the_mean_of_its_members() -> None:
     x, z = correlated(30)
     wanted = torch.stack([scores(each, x, z) for each in members]).mean(0) - 0.7
     assert scores(Critic(members, 0.7), x, z) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_validation_is_on_the_rows_that_each_member_did_not_see() -> None:
+    members = [
+        member(scale, -0.1)._replace(fitted=correlated(40, 1), checked=correlated(30, seed))
+        for scale, seed in ((1.0, 2), (2.0, 3))
+    ]
+    wanted = [reference.infonce(scores(each, *each.checked)).item() for each in members]
+    found = samples._validation(Critic(tuple(members)), "infonce")
+    assert found == pytest.approx(fmean(wanted), rel=1e-5)
+    useless = [each._replace(curve=(-0.1,)) for each in members]
+    assert samples._validation(Critic(tuple(useless)), "infonce") == 0
+
+
+def test_evidence_is_of_each_member_and_the_spread_of_all() -> None:
+    fitted, test = correlated(40, 1), correlated(150, 2)
+    members = tuple(
+        member(scale, -0.1, curve=(0.1, scale))._replace(fitted=fitted, best_step=step)
+        for scale, step in ((1.0, 24), (2.0, 49))
+    )
+    critic = Critic(members, 0.3)
+    spread = scores(critic, *(side[:128] for side in test)).std().item()
+    for found, each in zip(samples._evidence(critic, test), members, strict=True):
+        of_dv = [reference.dv(scores(each, *rows)).item() for rows in (fitted, test)]
+        assert [found.train_value, found.test_value] == pytest.approx(of_dv, rel=1e-5)
+        assert found.score_spread == pytest.approx(spread, rel=1e-5)
+        assert (found.curve, found.best_batch) == (each.curve, each.best_step)
+    useless = Critic(tuple(each._replace(curve=(-0.1,)) for each in members))
+    for found in samples._evidence(useless, test):
+        assert found.train_value == found.test_value == found.score_spread == 0
+
+
+def test_a_value_is_of_one_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_critic, "SWEEP_ROWS", 25)
+    critic, rows = member(1.0, -0.1), correlated(40)
+    wanted = reference.dv(scores(critic, *(side[:25] for side in rows))).item()
+    assert sample_critic.value(critic, rows, "dv") == pytest.approx(wanted, rel=1e-5)
 
 
 def test_trained_scores_are_ratios_of_densities() -> None:
@@ -181,16 +220,32 @@ def test_independent_samples_have_no_information(dim: int) -> None:
 def test_estimates_are_of_the_half_that_critics_do_not_see() -> None:
     """Rows after training decide them: pairs that are shuffled there leave nothing."""
     x, z = correlated(600)
-    halves = samples._halves((x, z), 0, replace(QUICK, normal_scores=False), torch.device("cpu"))
+    config, cpu = replace(QUICK, normal_scores=False), torch.device("cpu")
+    halves = samples._halves((x, z), 0, config, cpu)
     seen = torch.cat([halves.train[0], halves.test[0]]).flatten()
     assert (len(halves.train[0]), len(halves.test[0])) == (300, 300)
     assert len(seen.unique()) == 600
+    other = samples._halves((x, z), 1, config, cpu).test[0]
+    assert not torch.equal(other.sort(0).values, halves.test[0].sort(0).values)
     generator = torch.Generator().manual_seed(0)
     critic = sample_critic.train(halves.train, "joint", QUICK, generator, lambda steps: None)
     known = samples._parts(critic, halves.test, "dv")
     broken = samples._parts(critic, (halves.test[0], halves.test[1].roll(1, 0)), "dv")
     assert fmean(known) > 0.5
     assert fmean(broken) < 0
+
+
+@pytest.mark.parametrize("normal_scores", [True, False])
+def test_what_makes_vectors_normal_knows_nothing_of_the_test_half(normal_scores: bool) -> None:
+    config, cpu = replace(QUICK, normal_scores=normal_scores), torch.device("cpu")
+    numbers = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
+    x = torch.randn(200, 2) * torch.tensor([1.0, 50.0])
+    halves = samples._halves((numbers, x), 0, config, cpu)
+    tested = (255 * halves.test[0][:, 0, 0, 0]).round().long()
+    other = x.clone()
+    other[tested] = 9 * other[tested] - 40
+    assert torch.equal(samples._halves((numbers, other), 0, config, cpu).train[1], halves.train[1])
+    assert halves.train[1].std(0) == pytest.approx(torch.ones(2), abs=0.05)
 
 
 def test_parts_are_equal_and_their_mean_is_the_bound_of_all_rows(
@@ -319,16 +374,19 @@ def test_the_best_bound_is_that_of_the_validation_rows_and_never_smile() -> None
         score_spread=1.0,
         best_batch=0,
     )
-    found = {
-        "values": {"dv": [0.9, 0.8], "infonce": [0.1, 0.2], "smile": [3.0, 3.0]},
-        "validation": {"dv": 0.3, "infonce": 0.4, "smile": 9.0},
+    found: dict[str, Any] = {
+        "values": {name: [k, k + 0.1] for k, name in enumerate(EVERY)},
+        "validation": {"dv": 0.3, "infonce": 0.2, "nwj": 0.1, "smile": 9.0, "mine": 0.0},
         "evidence": [vars(seen)],
     }
     pair = (torch.zeros(500, 1), torch.zeros(500, 1))
     halves = samples._Halves(pair, pair)
-    report = samples._report([found], ("dv", "infonce", "smile"), halves, {}, 0.0)
-    assert report.best == "infonce"
-    assert report.information.mean == pytest.approx(0.15)
+    for k, name in enumerate(EVERY):
+        if name != "smile":
+            other = found | {"validation": found["validation"] | {name: 1.0}}
+            report = samples._report([other], EVERY, halves, {}, 0.0)
+            assert report.best == name
+            assert report.information.mean == pytest.approx(k + 0.05)
     assert samples._report([found], ("smile",), halves, {}, 0.0).best == "smile"
 
 
@@ -378,6 +436,23 @@ def test_the_report_is_shown_and_written_with_its_numbers() -> None:
     assert drawn == [estimate.mean for estimate in report.estimates.values()]
 
 
+def test_settings_say_all_that_the_numbers_depend_on() -> None:
+    x, _ = correlated(120)
+    config = replace(BRIEF, steps=1)
+    found = sample_information(x, x + torch.randn(120, 3), seed=4, config=config, device="cpu:0")
+    wanted = {
+        "x_shape": [120, 1],
+        "z_shape": [120, 3],
+        "bounds": ["dv", "infonce", "nwj", "smile"],
+        "trials": 1,
+        "seed": 4,
+        "device": "cpu:0",
+        "torch": torch.__version__,
+        **asdict(config),
+    }
+    assert {key: found.settings[key] for key in wanted} == wanted
+
+
 def test_an_interrupted_estimate_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = correlated(300)
     wanted = sample_information(*pair, trials=2, config=BRIEF)
@@ -397,22 +472,36 @@ def test_an_interrupted_estimate_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
         found = sample_information(*pair, trials=2, config=BRIEF, folder=tmp_path)
         assert len(calls) == 1
     assert values(found) == values(wanted)
-    with pytest.raises(ValueError, match="holds a run with another data_sha256"):
-        sample_information(pair[0] + 1, pair[1], trials=2, config=BRIEF, folder=tmp_path)
+    for other in ((pair[0] + 1, pair[1]), (pair[0], pair[1] + 1)):
+        with pytest.raises(ValueError, match="holds a run with another data_sha256, wanted"):
+            sample_information(*other, trials=2, config=BRIEF, folder=tmp_path)
 
 
-def test_progress_reaches_its_end(capsys: pytest.CaptureFixture[str]) -> None:
-    sample_information(*correlated(120), trials=2, config=replace(QUICK, steps=3), progress=True)
-    assert "100%" in capsys.readouterr().err
+def test_progress_reaches_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    totals: list[float] = []
+    done: list[float] = []
+
+    def shown(wanted: bool | None, work: float) -> Any:
+        totals.append(work)
+        return nullcontext(Progress(lambda name: None, done.append))
+
+    monkeypatch.setattr(samples, "shown", shown)
+    options: dict[str, Any] = {"trials": 2, "bounds": EVERY, "config": replace(QUICK, steps=3)}
+    for folder in (None, tmp_path, tmp_path):
+        done.clear()
+        sample_information(*correlated(120), folder=folder, **options)
+        assert sum(done) == totals[-1] == 2 * 2 * 2 * 3
 
 
 # ---- errors -------------------------------------------------------------------------------------
 
 X, Z = correlated(120)
+SPOILT = X.index_fill(0, torch.tensor([7]), math.nan)
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "rows": ({"z": Z[:100]}, ValueError, "x has 120 rows and z has 100, wanted as many"),
     "few": ({"x": X[:99], "z": Z[:99]}, ValueError, "x has 99 rows, wanted 100 or more"),
-    "nan": ({"x": X / 0}, ValueError, "x has NaN or infinite values"),
+    "nan": ({"x": SPOILT}, ValueError, "x has NaN or infinite values"),
+    "inf": ({"z": 1 / SPOILT.nan_to_num(0)}, ValueError, "z has NaN or infinite values"),
     "complex": ({"z": Z + 1j}, TypeError, "z has dtype torch.complex64, wanted real numbers"),
     "list": ({"x": [1.0]}, TypeError, "x is a list, wanted a tensor or an array"),
     "words": ({"x": np.array(["a"] * 120)}, TypeError, "x is an array of <U1, wanted real numbers"),
@@ -421,6 +510,8 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "bound": ({"bounds": ("infonse",)}, ValueError, "bounds has 'infonse'.*did you mean 'infonce'"),
     "no bound": ({"bounds": ()}, ValueError, r"bounds is \(\), wanted a tuple of"),
     "a word": ({"bounds": "dv"}, ValueError, "bounds is 'dv', wanted a tuple of"),
+    "no trials": ({"trials": True}, ValueError, "trials is True, wanted an integer, 1 or more"),
+    "no seed": ({"seed": False}, TypeError, "seed is False, wanted an integer"),
     "trials": ({"trials": 0}, ValueError, "trials is 0, wanted an integer, 1 or more"),
     "seed": ({"seed": 0.5}, TypeError, "seed is 0.5, wanted an integer"),
     "device": ({"device": "nowhere"}, ValueError, "device is 'nowhere', wanted one that torch"),
@@ -449,6 +540,17 @@ def test_what_does_not_fit_is_said(name: str) -> None:
 def test_settings_that_make_no_sense_are_said(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"SampleConfig: {message}"):
         SampleConfig(**given)
+
+
+def test_the_least_and_the_most_that_fit() -> None:
+    few = replace(QUICK, members=5, steps=1, batch_size=2)
+    assert sample_information(X[:100], Z[:100], config=few).settings["members"] == 5
+
+
+def test_a_value_that_is_not_finite_on_the_test_rows() -> None:
+    critic = Critic((member(math.inf, 0.0),))
+    with pytest.raises(FloatingPointError, match="the bound 'dv' is nan on the test rows"):
+        samples._parts(critic, (X, Z), "dv")
 
 
 def test_training_without_a_finite_value_is_said() -> None:
