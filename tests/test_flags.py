@@ -360,6 +360,14 @@ def test_a_planted_cause_is_flagged(name: str, measure: Callable[[], Any]) -> No
     assert name in {flag.name for flag in report.flags}
 
 
+def test_without_its_cause_there_is_no_flag() -> None:
+    """Of two causes of which a few numbers decide: the attack that does not attack, and any."""
+    idle = measured(Comparing(), DARK, attack=Idle(), critic=LONG)
+    assert "worst_above_normal" not in {flag.name for flag in idle.flags}
+    gentle = measured(data=(images(40), images(400, 1)), critic=replace(SMALL, units=64), eps=0.0)
+    assert "negative" not in {flag.name for flag in gentle.flags}
+
+
 @pytest.mark.slow
 def test_a_sound_measurement_has_no_flags() -> None:
     """All of the causes above are absent: the flags are not merely always there."""

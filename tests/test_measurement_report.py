@@ -6,9 +6,11 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, replace
 from html import unescape
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -36,7 +38,9 @@ def report(**changes: Any) -> Report:
     """Return a report of round numbers."""
     normal = Estimate.of([[1.0, 1.5, 1.25], [1.25, 1.75, 1.5]])
     worst = Estimate.of([[0.5, 0.25, 0.5], [0.25, 0.5, 0.75]])
+    longer = replace(EVIDENCE, curve=(0.5, 1.5, 1.75))
     attacked = replace(EVIDENCE, trace=(1.0, 0.625, 0.4375))
+    again = replace(longer, trace=(1.0, 0.625, 0.3125))
     found = Report(
         information=normal,
         worst_case=worst,
@@ -47,11 +51,12 @@ def report(**changes: Any) -> Report:
         natural_accuracy=0.875,
         adversarial_accuracy=0.4375,
         flags=(Flag("one_trial", "There was <1> trial & more."),),
-        evidence={"information": (EVIDENCE, EVIDENCE), "worst_case": (attacked, attacked)},
+        evidence={"information": (EVIDENCE, longer), "worst_case": (attacked, again)},
         settings={
             "model": "Baseline<H>",
             "layer": "3.1",
             "data": "fashion_mnist",
+            "clip": "[/0, 1]",
             "attack": "PGD",
             "eps": 0.1,
             "steps": 10,
@@ -70,22 +75,31 @@ def words(shown: str) -> str:
     return re.sub(r"[\s│┃]+", " ", shown)
 
 
-def numbers_of(found: Report) -> list[str]:
-    """Return all that a table of the estimates must show."""
+HEADINGS = "nats standard error 95 % interval bits 95 % interval"
+
+
+def rows_of(found: Report) -> list[str]:
+    """Return the rows that a table of the estimates must have below its headings."""
+    names = {"information": "I", "worst_case": "worst-case I", "vulnerability": "RV"}
     wanted = []
-    for estimate in found.estimates().values():
-        low, high = estimate.interval
-        wanted += [f"{estimate.mean:.3f}", f"{estimate.standard_error:.3f}"]
-        wanted += [f"{low:.3f} to {high:.3f}", f"{estimate.mean / math.log(2):.3f}"]
-        wanted += [f"{low / math.log(2):.3f} to {high / math.log(2):.3f}"]
+    for name, estimate in found.estimates().items():
+        ends, (low, high) = estimate.interval, (end / math.log(2) for end in estimate.interval)
+        nats = f"{estimate.mean:.3f} {estimate.standard_error:.3f} {ends[0]:.3f} to {ends[1]:.3f}"
+        bits = f"{estimate.mean / math.log(2):.3f} {low:.3f} to {high:.3f}"
+        wanted.append(f"{names[name]} {nats} {bits}")
     return wanted
+
+
+def words_of_page(page: str) -> str:
+    """Return what a browser shows of a page."""
+    return words(unescape(re.sub(r"<[^>]+>", " ", page)))
 
 
 def test_the_text_has_every_number_the_flags_and_the_caveat() -> None:
     found = report()
     text = words(str(found))
-    for number in numbers_of(found):
-        assert number in text
+    for row in (HEADINGS, *rows_of(found)):
+        assert row in text
     assert "Baseline<H>, layer 3.1 on fashion_mnist" in text
     assert "bound on adversarial accuracy, 10 classes (theorem 3.4) 50.0 (25.0 to 100.0) %" in text
     assert "measured adversarial accuracy 43.8 %" in text
@@ -122,6 +136,11 @@ def test_without_flags_and_labels() -> None:
 def test_what_is_unknown_is_called_so() -> None:
     text = words(str(report(information=Estimate.of([[1.0]]), vulnerability=None)))
     assert "I 1.000 unknown unknown to unknown 1.443" in text
+
+
+def test_what_rounds_to_zero_has_no_sign() -> None:
+    text = words(str(report(information=Estimate.of([[-1e-5, -2e-5]]), vulnerability=None)))
+    assert "I 0.000 0.000 0.000 to 0.000 0.000 0.000 to 0.000" in text
 
 
 def test_a_report_is_frozen() -> None:
@@ -164,9 +183,9 @@ def test_the_folder_holds_all_of_it(tmp_path: Path) -> None:
     ]
     assert json.loads((folder / "report.json").read_text()) == found.to_dict()
     page = (folder / "report.html").read_text()
-    text = words(unescape(re.sub(r"<[^>]+>", " ", page)))
-    for number in numbers_of(found):
-        assert number in text
+    text = words_of_page(page)
+    for row in (HEADINGS, *rows_of(found)):
+        assert row in text
     assert "Baseline<H>, layer 3.1 on fashion_mnist" in text
     assert "Baseline<H>" not in page  # escaped
     assert "one_trial There was <1> trial & more. docs/measuring.md#one-trial" in text
@@ -175,6 +194,12 @@ def test_the_folder_holds_all_of_it(tmp_path: Path) -> None:
     assert "seed 17" in text
     assert "paired" in text
     assert "encoder_only, as in the authors' code" in text
+    assert "The measurement took 1 min 23 s." in text
+    (described,) = re.findall(r'alt="([^"]*)"', page)
+    for name, estimate in zip(("I", "worst-case I", "RV"), found.estimates().values(), strict=True):
+        low, high = estimate.interval
+        assert f"{name} {estimate.mean:.3f} nats ({low:.3f} to {high:.3f})" in described
+    assert "the attack leads from 1.000 to 0.438 nats" in described
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
     assert sources == ["data:image/png;base64,iVBORw0K"]
 
@@ -210,9 +235,22 @@ def test_the_figure_shows_estimates_paths_and_curves() -> None:
     assert [points[0], points[1]] == pytest.approx(wanted)
     reach = [container[2][0].get_segments()[0][:, 0] for container in estimates.containers]
     assert list(reach[0]) == pytest.approx(found.vulnerability.interval)  # type: ignore[union-attr]
-    assert [list(line.get_ydata()) for line in path.lines] == [[1.0, 0.625, 0.4375]] * 2
-    assert len(curves.lines) == 4
-    assert list(curves.lines[0].get_ydata()) == [0.5, 1.5]
+    ticks = [(line.get_xdata()[0], round(line.get_ydata()[0])) for line in estimates.lines]
+    trials = [[*map(fmean, each.batches)] for each in reversed(found.estimates().values())]
+    for place, means in enumerate(trials):
+        assert {(mean, place) for mean in means} <= set(ticks)
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in path.lines] == [
+        ([0, 1, 2], [1.0, 0.625, 0.4375]),
+        ([0, 1, 2], [1.0, 0.625, 0.3125]),
+    ]
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in curves.lines] == [
+        ([1, 2], [0.5, 1.5]),
+        ([1, 2, 3], [0.5, 1.5, 1.75]),
+    ] * 2
+    assert curves.get_xlim()[1] > 3
+    handles, labels = curves.get_legend_handles_labels()
+    assert labels == ["I", "worst-case I"]
+    assert len({line.get_color() for line in handles}) == 2
     assert {axes.get_xlabel() for axes in (estimates, path, curves)} == {
         "nats",
         "attack step",
@@ -255,18 +293,23 @@ def test_a_missing_package(package: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert CAVEAT in words(str(report()))
 
 
-def test_a_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report().save(tmp_path)
-    before = (tmp_path / "report.json").read_text()
-    monkeypatch.setattr("wcmi_fast.files.os.fsync", full)
-    with pytest.raises(OSError, match=r"could not write .*; nothing was changed"):
-        report(seconds=1.0).save(tmp_path)
-    assert (tmp_path / "report.json").read_text() == before
-    assert len(list(tmp_path.iterdir())) == 3
+    names = ["report.json", "report.html", "report.png"]
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    for written, name in enumerate(names):
+        left = iter(range(written))
 
+        def full(descriptor: int, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise OSError(28, "No space left on device")
 
-def full(descriptor: int) -> None:
-    raise OSError(28, "No space left on device")
+        monkeypatch.setattr("wcmi_fast.files.os.fsync", full)
+        with pytest.raises(OSError, match=f"could not write .*{name}; nothing was changed"):
+            report(seconds=1.0).save(tmp_path)
+        assert sorted(file.name for file in tmp_path.iterdir()) == sorted(names)
+        for kept in names[written:]:
+            assert (tmp_path / kept).read_bytes() == before[kept]
 
 
 @pytest.mark.parametrize(
@@ -288,10 +331,11 @@ def test_reports_of_measurements_say_what_they_are(tmp_path: Path) -> None:
     }
     for name, found in reports.items():
         found.save(tmp_path / name)
-        text, page = words(str(found)), (tmp_path / name / "report.html").read_text()
-        for number in numbers_of(found):
-            assert number in text
-            assert number in page
+        text = words(str(found))
+        page = words_of_page((tmp_path / name / "report.html").read_text())
+        for row in rows_of(found):
+            assert row in text
+            assert row in page
         assert words(CAVEAT) in text
         assert len(found.flags) > 1
         for flag in found.flags:
