@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +42,9 @@ def test_the_seed_decides_who_is_tested() -> None:
     one, same, other = (read(job(data=PAIR[0], seed=seed)).found for seed in (0, 0, 1))
     assert torch.equal(one.x_test, same.x_test)
     assert brightness(one.x_test) != brightness(other.x_test)
+    orders = [read(job(seed=seed)).found for seed in (0, 1)]
+    assert not torch.equal(orders[0].x_train, orders[1].x_train)
+    assert not torch.equal(orders[0].x_test, orders[1].x_test)
 
 
 def test_so_many_images_are_drawn_unless_said_otherwise() -> None:
@@ -76,18 +81,22 @@ def test_only_vectors_of_floats_may_go_anywhere(x: Tensor, clip: tuple[float, fl
     assert found.testing.clip == found.training.clip == clip
 
 
-def test_a_plan_is_asked_for_and_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_is_asked_for_and_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
 
     def plan(*given: Any, **options: Any) -> Plan:
         asked.append((given, options))
+        # The folder is claimed by what was given, which does not depend on the machine's speed.
+        assert json.loads((folder / "settings.json").read_text())["trials"] == 5
         return Plan(trials=2, epochs=7, train_images=20, test_images=40, seconds=150.0)
 
     monkeypatch.setattr(module, "plan", plan)
     said: list[str] = []
-    given = job(budget=3.0, trials=5, steps=4, training_steps=2, say=said.append)
+    folder = tmp_path / "one"
+    options = {"trials": 5, "steps": 4, "training_steps": 2, "say": said.append}
+    given = job(budget=3.0, folder=folder, **options)
     found = read(given)
-    ((encoder, x_train, x_test, critic), options) = asked[0]
+    ((encoder, x_train, x_test, critic), options) = asked.pop()
     assert encoder is found.encoder
     assert (len(x_train), len(x_test), critic) == (40, 60, SMALL)
     assert options["minutes"] == 3.0
@@ -99,8 +108,12 @@ def test_a_plan_is_asked_for_and_followed(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(found.x_test[:], x_test[:40])
     assert torch.equal(found.found.x_train, x_train[:20])
     assert "more than the budget" not in said[0]
-    read(replace(given, budget=2.0))
-    assert "more than the budget" in said[1]
+    read(given)
+    assert not asked
+    assert said[1].endswith("(as begun)")
+    folder = tmp_path / "two"
+    read(replace(given, budget=2.0, folder=folder))
+    assert "more than the budget" in said[2]
 
 
 def test_a_digest_is_of_all_values() -> None:
@@ -115,6 +128,7 @@ def test_settings_tell_models_data_and_devices_apart() -> None:
     with torch.no_grad():
         model[1].bias += 1  # type: ignore[index, operator]
     known = settings_of(read(job()))
+    assert (known["train_images"], known["test_images"]) == (40, 60)
 
     def others(**changes: Any) -> set[str]:
         found = settings_of(read(job(**changes)))
