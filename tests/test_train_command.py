@@ -237,7 +237,12 @@ def test_a_signal_ends_a_step_and_the_run_goes_on(
         (["--config", "none.toml"], "config is none.toml, and there is no such file"),
         (["--data", "fashion"], "did you mean 'fashion_mnist'?"),
         (["--eps", "-1"], "eps is -1.0"),
-        (["--steps", "0"], "steps is 0, wanted 1 or more"),
+        (["--steps", "0"], "train: steps is 0, wanted 1 or more"),
+        (["--test-steps", "0"], "train: test_steps is 0, wanted 1 or more"),
+        (["--held-out", "20", "--held-out-steps", "0"], "train: held_out_steps is 0, wanted 1 or"),
+        (["--train-images", "0"], "train_images is 0, wanted 1 or more"),
+        (["--test-images", "0"], "test_images is 0, wanted 1 or more"),
+        (["--batch-size", "0"], "batch_size is 0, wanted 1 or more"),
         (["--checkpoint-every", "0"], "checkpoint_every is 0, wanted 1 or more"),
         (["--early-stop"], "early_stop needs held_out images, wanted held_out 1 or more"),
         (["--stop-on-overfitting"], "stop_on_overfitting needs held_out images"),
@@ -309,8 +314,9 @@ def test_vectors_are_no_images(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_the_environment_is_left(digits: Path, tmp_path: Path) -> None:
+    """By a run of one batch an epoch, which takes all images."""
     before = dict(os.environ)
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    run("classifier", "--data", digits, *SMALL, "--out", tmp_path / "c")
+    run("classifier", "--data", digits, *SMALL, "--batch-size", "60", "--out", tmp_path / "c")
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert dict(os.environ) == before

@@ -105,15 +105,15 @@ def student(dim_x: int, dim_y: int, df: int) -> Task:
 def student_information(dim_x: int, dim_y: int, df: float) -> float:
     """Return the information, in nats, between the parts of a Student vector; dispersion identity.
 
-    h(x) + h(y) - h(x, y), where a vector of d components has the entropy h_d below. For another
-    dispersion add `normal_information` of it.
+    h(x) + h(y) - h(x, y), where a vector of d components has the entropy h_d below and
+    d log(pi df) / 2, which cancels. For another dispersion add `normal_information` of it.
 
     Source: Czyz et al. 2023, appendix; Arellano-Valle et al. 2013.
     """
 
     def entropy(dim: int) -> float:
         upper, lower = (df + dim) / 2, df / 2
-        density = math.lgamma(upper) - math.lgamma(lower) - dim / 2 * math.log(math.pi * df)
+        density = math.lgamma(upper) - math.lgamma(lower)
         return upper * (_digamma(upper) - _digamma(lower)) - density
 
     return entropy(dim_x) + entropy(dim_y) - entropy(dim_x + dim_y)

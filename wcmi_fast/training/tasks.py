@@ -91,7 +91,7 @@ class Task:
 
     def test_attack(self) -> PGD:
         """Return the attack on the test images."""
-        return _pgd(self.eps, self.test_steps, None)
+        return _pgd(self.eps, self.test_steps, None, name="test_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class Supervised(Task):
             return None
         return Watch(
             rows=self.held_out,
-            attack=_pgd(self.eps, self.held_out_steps, None),
+            attack=_pgd(self.eps, self.held_out_steps, None, name="held_out_steps"),
             keep_best=self.early_stop,
             stop=self.stop_on_overfitting,
         )
@@ -210,7 +210,12 @@ def train(task: Task, folder: Path, progress: Progress) -> dict[str, Any]:
 
 
 def batches_of(task: Task, data_rows: int) -> int:
-    """Return the number of training batches, for a progress bar."""
+    """Return the number of training batches, for a progress bar.
+
+    Raises:
+        ValueError: settings that do not fit.
+    """
+    _check(task)
     held = task.held_out if isinstance(task, Supervised) else 0
     return (min(task.train_images, data_rows) - held) // task.batch_size * task.epochs
 
@@ -392,9 +397,16 @@ def _held_by(folder: Path) -> str:
     return f"a {task} run" if task in TASKS else "no run"
 
 
-def _pgd(eps: float, steps: int, step_size: float | None, *, random_start: bool = False) -> PGD:
+def _pgd(
+    eps: float,
+    steps: int,
+    step_size: float | None,
+    *,
+    name: str = "steps",
+    random_start: bool = False,
+) -> PGD:
     if steps < 1:
-        raise ValueError(f"train: steps is {steps}, wanted 1 or more")
+        raise ValueError(f"train: {name} is {steps}, wanted 1 or more")
     # An eps of 0 allows no step of 0.
     size = step_size or 2.5 * eps / steps or 1.0
     return PGD(eps=eps, step_size=size, steps=steps, random_start=random_start)
