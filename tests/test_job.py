@@ -66,6 +66,17 @@ def test_step_sizes_follow_madrys_rule_and_fewer_steps_reach_as_far() -> None:
     assert attack_of(job(eps=None), 3, IMAGE) is None
 
 
+def test_an_attack_of_ones_own_needs_no_step_size() -> None:
+    class Darkening:
+        def attack(self, loss_fn: Any, x: Tensor, *, generator: Any = None) -> Tensor:
+            return torch.zeros_like(x)
+
+    own = Darkening()
+    found = read(job(attack=own, step_size=0.0))
+    assert found.training is found.testing is own
+    assert settings_of(found)["attack"] == "Darkening"
+
+
 @pytest.mark.parametrize(
     ("x", "clip"),
     [

@@ -245,7 +245,7 @@ def test_what_makes_vectors_normal_knows_nothing_of_the_test_half(normal_scores:
     other = x.clone()
     other[tested] = 9 * other[tested] - 40
     assert torch.equal(samples._halves((numbers, other), 0, config, cpu).train[1], halves.train[1])
-    assert halves.train[1].std(0) == pytest.approx(torch.ones(2), abs=0.05)
+    assert halves.train[1].std(0) == pytest.approx(torch.ones(2), abs=0.1)
 
 
 def test_parts_are_equal_and_their_mean_is_the_bound_of_all_rows(
