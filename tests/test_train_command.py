@@ -156,7 +156,7 @@ def test_presets_are_the_papers() -> None:
     }
     assert set(PRESETS) == {f"paper/{name}" for name in wanted}
     for name, (eps, steps, step_size) in wanted.items():
-        found = PRESETS[f"paper/{name}"]
+        found = preset(f"paper/{name}", "classifier")
         assert found["data"] == name
         assert (found["eps"], found["steps"], found["step_size"]) == (eps, steps, step_size)
         assert (found["batch_size"], found["epochs"], found["learning_rate"]) == (128, 300, 1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -149,6 +150,7 @@ def tables(results: Results) -> RenderableType:
     times.add_column("min", justify="right")
     for part, seconds in results["seconds"].items():
         times.add_row(part, f"{seconds / 60:.1f}")
+    times.caption = "of a part that was interrupted, since then"
     return Group(table, times, Text(_sentence(results)))
 
 
@@ -192,7 +194,9 @@ def _train(part: Part, folder: RunFolder, say: Say) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         say(part.name)
-        return tasks.train(part.task, folder.path / part.name, Progress(say, advance, note))
+        began = time.perf_counter()
+        found = tasks.train(part.task, folder.path / part.name, Progress(say, advance, note))
+        return {**found, "seconds": time.perf_counter() - began}
 
     return folder.stage(part.name, work)
 

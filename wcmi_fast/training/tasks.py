@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -243,7 +242,7 @@ def train(task: Task, folder: Path, progress: Progress) -> dict[str, Any]:
         progress: told what is done, in batches.
 
     Returns:
-        The content of results.json; "seconds" are those since the run was last interrupted.
+        The content of results.json.
 
     Raises:
         ValueError: settings that do not fit; the folder holds another task, or other settings.
@@ -264,9 +263,7 @@ def train(task: Task, folder: Path, progress: Progress) -> dict[str, Any]:
     about = {**versions(), "revision": revision()}
     config = tomli_w.dumps({name: known, "versions": about})
     ranks.from_first(lambda: write_file(folder / CONFIG, config))
-    began = time.perf_counter()
-    found = work(run, progress)
-    results = {"task": name, **found, "seconds": time.perf_counter() - began}
+    results = {"task": name, **work(run, progress)}
     ranks.from_first(lambda: write_file(folder / RESULTS, json.dumps(results, indent=1) + "\n"))
     return results
 
