@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from wcmi_fast import PGD, datasets, models
 from wcmi_fast.cli import main
 from wcmi_fast.models import CIFAR10_MEAN, CIFAR10_STD, BaselineH, read_state
+from wcmi_fast.training import encoder as encoder_module
 from wcmi_fast.training import supervised
 from wcmi_fast.training.augmentation import Augmentation
 from wcmi_fast.training.config import ClassifierConfig, EncoderConfig, HeadConfig
@@ -85,7 +86,7 @@ def test_a_run_killed_within_an_epoch_goes_on_bit_for_bit(kind: str, tmp_path: P
     assert not equal(trained(kind, tmp_path / "unchanged", changed=False), whole)
 
 
-def negative(self: Augmentation, images: Tensor, generator: torch.Generator) -> Tensor:
+def negative(self: Augmentation, images: Tensor, generator: torch.Generator, **part: Any) -> Tensor:
     torch.rand((), generator=generator)
     return 2 - images
 
@@ -106,6 +107,7 @@ def test_what_is_attacked_is_augmented(
 
     monkeypatch.setattr(Augmentation, "augment", negative)
     monkeypatch.setattr(PGD, "attack", attack)
+    monkeypatch.setattr(encoder_module, "strength", lambda *given: {})
     trained(kind, tmp_path)
     assert rows_of(attacked) == rows_of([2 - X])
 
@@ -152,7 +154,9 @@ def test_held_out_images_are_not_augmented(
     changed: list[Tensor] = []
     measured: list[Tensor] = []
 
-    def augment(self: Augmentation, images: Tensor, generator: torch.Generator) -> Tensor:
+    def augment(
+        self: Augmentation, images: Tensor, generator: torch.Generator, **part: Any
+    ) -> Tensor:
         changed.append(images)
         return images
 
@@ -210,9 +214,9 @@ def test_the_papers_cifar10_settings_train(
     used: list[Augmentation] = []
     augment = Augmentation.augment
 
-    def spy(self: Augmentation, images: Tensor, generator: torch.Generator) -> Tensor:
+    def spy(self: Augmentation, images: Tensor, generator: torch.Generator, **part: Any) -> Tensor:
         used.append(self)
-        return augment(self, images, generator)
+        return augment(self, images, generator, **part)
 
     monkeypatch.setattr(Augmentation, "augment", spy)
     small = ["--data", str(pictures), "--epochs", "1", "--batch-size", "8", "--test-steps", "1"]
