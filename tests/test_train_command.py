@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -154,7 +155,7 @@ def test_presets_are_the_papers() -> None:
         "svhn": (4 / 255, 10, 0.005),
         "cifar10": (8 / 255, 7, 0.01),
     }
-    assert set(PRESETS) == {f"paper/{name}" for name in wanted}
+    assert set(PRESETS) == {f"{kind}/{name}" for name in wanted for kind in ("paper", "cpu")}
     for name, (eps, steps, step_size) in wanted.items():
         found = preset(f"paper/{name}", "classifier")
         assert found["data"] == name
@@ -170,6 +171,18 @@ def test_presets_are_the_papers() -> None:
             # A head's encoder normalises images.
             given = (found.get("mean"), found.get("std"))
             assert given == ((mean, std) if name == "cifar10" and task != "head" else (None, None))
+
+
+def test_small_presets_have_the_papers_radius_and_changes_of_images() -> None:
+    for name, task in itertools.product(("mnist", "fashion_mnist", "svhn", "cifar10"), TASKS):
+        small, papers = preset(f"cpu/{name}", task), preset(f"paper/{name}", task)
+        same = ("data", "eps", "crop_padding", "flip", "jitter", "rotation", "mean", "std")
+        assert {key: small.get(key) for key in same} == {key: papers.get(key) for key in same}
+        assert small["epochs"] <= 8
+        assert small["steps"] == 5
+        assert "step_size" not in small  # 2.5 eps / steps
+        options = {"encoder": Path("e")} if task == "head" else {}
+        TASKS[task](**small, **options)
 
 
 def test_options_go_before_a_file_and_that_before_a_preset(tmp_path: Path) -> None:
