@@ -16,6 +16,7 @@ from wcmi_fast.experiments.published import PUBLISHED
 from wcmi_fast.experiments.representations import ROWS, Job, tables
 from wcmi_fast.experiments.reproduction import as_text, reproduce
 from wcmi_fast.training import presets, tasks
+from wcmi_fast.training.options import Task
 
 SIZES = {"epochs": 1, "batch_size": 10, "steps": 1, "test_steps": 1}
 
@@ -100,7 +101,7 @@ def test_it_goes_on(ran: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[Path] = []
     real = tasks.train
 
-    def train(task: tasks.Task, folder: Path, *given: Any) -> dict[str, Any]:
+    def train(task: Task, folder: Path, *given: Any) -> dict[str, Any]:
         trained.append(folder)
         return real(task, folder, *given)
 

@@ -21,8 +21,8 @@ from wcmi_fast import PGD, datasets, models
 from wcmi_fast.cli import main
 from wcmi_fast.commands.train import with_defaults
 from wcmi_fast.training.evaluation import accuracy
+from wcmi_fast.training.options import TASKS, ClassifierTask
 from wcmi_fast.training.presets import PRESETS, preset
-from wcmi_fast.training.tasks import TASKS, ClassifierTask
 from wcmi_fast.training.watch import Watch
 
 SMALL = [

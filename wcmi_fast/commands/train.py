@@ -18,6 +18,7 @@ from wcmi_fast import datasets
 from wcmi_fast.distributed import ranks
 from wcmi_fast.progress import shown
 from wcmi_fast.training import signals, tasks
+from wcmi_fast.training.options import TASKS
 from wcmi_fast.training.presets import PRESETS, preset
 
 HELP = {
@@ -32,7 +33,7 @@ HELP = {
 
 def command_type(name: str) -> Any:
     """Return a task with the fields of the command line, as a command of that name."""
-    kind = tasks.TASKS[name]
+    kind = TASKS[name]
     extra: list[Any] = []
     for key, text in HELP.items():
         of: Any = str | None if key == "preset" else Path | None
@@ -42,7 +43,7 @@ def command_type(name: str) -> Any:
     return Annotated[made, tyro.conf.subcommand(name)]
 
 
-COMMANDS: dict[str, Any] = {name: command_type(name) for name in tasks.TASKS}
+COMMANDS: dict[str, Any] = {name: command_type(name) for name in TASKS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ def with_defaults(args: list[str]) -> list[str]:
         FileNotFoundError: no such file.
     """
     name, given = args[0], args[1:]
-    if name not in tasks.TASKS:
+    if name not in TASKS:
         return args
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset")
@@ -88,7 +89,7 @@ def execute(command: TrainCommand, console: Console) -> None:
 
 def _train(command: TrainCommand, console: Console) -> None:
     chosen: Any = command.task
-    name, kind = next((n, k) for n, k in tasks.TASKS.items() if isinstance(chosen, k))
+    name, kind = next((n, k) for n, k in TASKS.items() if isinstance(chosen, k))
     task = kind(**{each.name: getattr(chosen, each.name) for each in fields(kind)})
     made = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = chosen.out or ranks.from_first(lambda: made)
@@ -125,11 +126,11 @@ def _of_file(path: Path | None, task: str) -> dict[str, Any]:
         found = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"train: config is {path}, wanted a TOML file: {error}") from error
-    others = sorted(found.keys() & tasks.TASKS.keys() - {task})
+    others = sorted(found.keys() & TASKS.keys() - {task})
     if others:
         raise ValueError(f"train: config {path} is of a {others[0]}, wanted one of a {task}")
     options: dict[str, Any] = found.get(task, found)
-    known = [each.name for each in fields(tasks.TASKS[task])]
+    known = [each.name for each in fields(TASKS[task])]
     for key in options:
         if key not in known:
             raise ValueError(

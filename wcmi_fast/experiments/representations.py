@@ -13,9 +13,9 @@ from wcmi_fast.experiments.published import PUBLISHED
 from wcmi_fast.experiments.reproduction import Results, Say
 from wcmi_fast.progress import Progress
 from wcmi_fast.training import tasks
+from wcmi_fast.training.options import TASKS, Task
 from wcmi_fast.training.presets import PRESETS, preset
 from wcmi_fast.training.run_folder import RunFolder
-from wcmi_fast.training.tasks import Task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -179,7 +179,7 @@ def _task(job: Job, name: str, seed: int, **further: Any) -> Any:
     for key in ("train_images", "epochs"):
         if getattr(job, key) is not None:
             options[key] = getattr(job, key)
-    return tasks.TASKS[name](**options)
+    return TASKS[name](**options)
 
 
 def _train(part: Part, folder: RunFolder, say: Say) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,23 @@ def new_encoder(config: EncoderConfig, input_shape: tuple[int, int, int]) -> nn.
     return baseline_h(input_shape, config.dim, mean=config.mean, std=config.std)
 
 
+def _built(
+    config: EncoderConfig,
+    shape: tuple[int, int, int],
+    terms: Iterable[str],
+    device: torch.device,
+) -> tuple[nn.Module, dict[str, Critic]]:
+    encoder = new_encoder(config, shape)
+    critics = {
+        term: new_critic(config.dim, config.units, shape, config.mean, config.std) for term in terms
+    }
+    if config.shared_critic:
+        for critic in critics.values():
+            share_convolutions_(critic, encoder)
+    encoder = encoder.to(device).to(memory_format=torch.channels_last)
+    return encoder, {term: critic.to(device) for term, critic in critics.items()}
+
+
 def train_encoder(
     config: EncoderConfig,
     x: Tensor | Feed,
@@ -87,16 +104,7 @@ def train_encoder(
     shape = (x.shape[1], x.shape[2], x.shape[3])
     weights_of = weights_of_terms(config)
     with seeded(seed, stage, "weights"):
-        encoder = new_encoder(config, shape)
-        critics = {
-            term: new_critic(config.dim, config.units, shape, config.mean, config.std)
-            for term in weights_of
-        }
-    if config.shared_critic:
-        for critic in critics.values():
-            share_convolutions_(critic, encoder)
-    encoder = encoder.to(x.device).to(memory_format=torch.channels_last)
-    critics = {term: critic.to(x.device) for term, critic in critics.items()}
+        encoder, critics = _built(config, shape, weights_of, x.device)
     trained = {"encoder": encoder, **modules_of(critics)}
     if config.sync_batch_norm:
         trained = {name: synchronised_(module) for name, module in trained.items()}
@@ -138,6 +146,17 @@ def train_encoder(
         objective = sum(weights_of[term] * value for term, value in found.items())
         return {"bound_nats": objective, **{f"{term}_nats": v for term, v in found.items()}}
 
+    def attacked(clean: Tensor, part: float, generator: torch.Generator) -> Tensor:
+        if config.attack is None:
+            return clean
+        name = attacked_bound(config)
+        bound = over_ranks(name, BOUNDS[name])
+        loss_fn = attackers_loss(config, bound, encoder, critics[WORST])
+        starts = starts_generator(generator, clean.device)
+        ramped, whole = scaled(config.attack, part), ranks.part_of(clean)
+        with autocast(config, x.device):
+            return ramped.attack(loss_fn, clean, generator=starts, part_of=whole)
+
     def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> Values:
         clean = augmented(config.augmentation, x[indices], generator)
         part = ramp(done, config.eps_warmup)
@@ -146,14 +165,8 @@ def train_encoder(
             reported = perturbation.replay(lambda images: step({WORST: images}), clean, part)
         else:
             images = dict.fromkeys(weights_of, clean)
-            if WORST in images and config.attack is not None:
-                name = attacked_bound(config)
-                bound = over_ranks(name, BOUNDS[name])
-                loss_fn = attackers_loss(config, bound, encoder, critics[WORST])
-                starts = starts_generator(generator, clean.device)
-                ramped, whole = scaled(config.attack, part), ranks.part_of(clean)
-                with autocast(config, x.device):
-                    images[WORST] = ramped.attack(loss_fn, clean, generator=starts, part_of=whole)
+            if WORST in images:
+                images[WORST] = attacked(clean, part, generator)
             reported = step(images)
         number = round(done * config.epochs * per_epoch)
         decay = min(config.averaging, (1 + number) / (10 + number))

@@ -13,6 +13,7 @@ from torch import nn
 from wcmi_fast import datasets, models
 from wcmi_fast.models.loading import State, read_state
 from wcmi_fast.training import tasks
+from wcmi_fast.training.options import TASKS
 from wcmi_fast.training.run_folder import SETTINGS
 
 
@@ -67,7 +68,7 @@ def _finished(run: Path) -> dict[str, Any]:
     settings = _settings(run / SETTINGS)
     task = settings.get("task")
     holds = "no run of wcmi-fast train"
-    if task in tasks.TASKS:
+    if task in TASKS:
         if (run / tasks.RESULTS).is_file():
             return settings
         holds = f"{'an' if task == 'encoder' else 'a'} {task} run that is not finished"
