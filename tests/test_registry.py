@@ -272,8 +272,9 @@ def test_import_adds_no_heavy_module_to_torch() -> None:
 def test_import_takes_at_most_a_fifth_of_a_second_more_than_torch() -> None:
     code = (
         "import time, torch\n"
-        "start = time.perf_counter()\n"
+        # The processor's time: other tests run at the same time.
+        "start = time.process_time()\n"
         "import wcmi_fast\n"
-        "print(time.perf_counter() - start)"
+        "print(time.process_time() - start)"
     )
     assert min(float(run_python(code)) for _ in range(3)) <= 0.2

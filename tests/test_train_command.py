@@ -275,6 +275,12 @@ def test_a_signal_ends_a_step_and_the_run_goes_on(
         (["--held-out", "-1"], "held_out is -1, wanted 0 or more"),
         (["--network", "resnet19"], "did you mean 'resnet18'?"),
         (["--epochs", "0"], "epochs is 0, wanted 1 or more"),
+        (
+            ["--eps", "8"],
+            "eps is 8.0, wanted 0 to 1, as pixels are; of 255 grey values that is 0.0314",
+        ),
+        (["--data", "fashon_mnist"], "did you mean 'fashion_mnist'?"),
+        (["--preset", "cpu/fashion"], "did you mean 'cpu/fashion_mnist'?"),
         (["--jitter", "2"], "Augmentation: jitter is 2.0, wanted 0 to 1"),
         (["--mean", "0.1", "0.2"], "mean is (0.1, 0.2), wanted a value for each of 1 channels"),
     ],

@@ -115,6 +115,11 @@ def _check(task: Task) -> None:
         if value < 1:
             raise ValueError(f"train: {name} is {value}, wanted 1 or more")
     ranks.check_batch("train", task.batch_size)
+    if not 0 <= task.eps <= 1:
+        raise ValueError(
+            f"train: eps is {task.eps}, wanted 0 to 1, as pixels are; of 255 grey values that is "
+            f"{task.eps / 255:.4f}"
+        )
     task.attack()
     task.test_attack()
 
