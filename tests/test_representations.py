@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
+from two_kinds import write_two_kinds
 
 from wcmi_fast.experiments import representations
 from wcmi_fast.experiments.published import PUBLISHED
@@ -31,15 +31,8 @@ class Run(NamedTuple):
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     folder = tmp_path_factory.mktemp("representations")
-    generator = np.random.default_rng(0)
-    arrays = {}
-    for part, count in (("train", 40), ("test", 12)):
-        labels = np.arange(count) % 2
-        noise = generator.integers(0, 80, (count, 8, 8))
-        arrays[f"x_{part}"] = (noise + 150 * labels[:, None, None]).astype(np.uint8)
-        arrays[f"y_{part}"] = labels
-    np.savez(folder / "digits.npz", **arrays)
-    options = {"data": str(folder / "digits.npz"), **SIZES}
+    data = write_two_kinds(folder / "digits.npz", train=40, test=12)
+    options = {"data": str(data), **SIZES}
     tiny = {"encoder": {**options, "units": 8}, "head": options, "classifier": options}
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:

@@ -11,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
+from two_kinds import write_two_kinds
 
 pytestmark = pytest.mark.slow
 
@@ -31,17 +31,7 @@ TRAIN = [
 
 @pytest.fixture
 def digits(tmp_path: Path) -> Path:
-    """Write a data set of bright and dark images."""
-    generator = np.random.default_rng(0)
-    path = tmp_path / "digits.npz"
-    arrays = {}
-    for part, count in (("train", 80), ("test", 20)):
-        labels = np.arange(count) % 2
-        noise = generator.integers(0, 80, (count, 8, 8))
-        arrays[f"x_{part}"] = (noise + 150 * labels[:, None, None]).astype(np.uint8)
-        arrays[f"y_{part}"] = labels
-    np.savez(path, **arrays)
-    return path
+    return write_two_kinds(tmp_path / "digits.npz", train=80, test=20)
 
 
 def command(count: int, digits: Path, out: Path, batch: int, epochs: int) -> list[str]:

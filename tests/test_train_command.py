@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from two_kinds import write_two_kinds
 
 from wcmi_fast import PGD, datasets, models
 from wcmi_fast.cli import main
@@ -41,17 +42,7 @@ SMALL = [
 
 @pytest.fixture
 def digits(tmp_path: Path) -> Path:
-    """Write a data set of bright and dark images."""
-    generator = np.random.default_rng(0)
-    arrays = {}
-    for part, count in (("train", 60), ("test", 30)):
-        labels = np.arange(count) % 2
-        noise = generator.integers(0, 80, (count, 8, 8))
-        arrays[f"x_{part}"] = (noise + 150 * labels[:, None, None]).astype(np.uint8)
-        arrays[f"y_{part}"] = labels
-    path = tmp_path / "digits.npz"
-    np.savez(path, **arrays)
-    return path
+    return write_two_kinds(tmp_path / "digits.npz", train=60, test=30)
 
 
 def run(*args: str | Path) -> None:
