@@ -140,6 +140,7 @@ def test_both_representations_differ_in_the_attack_only() -> None:
     assert standard == worst
 
 
+@pytest.mark.slow
 def test_progress_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = quickstart.Quickstart(budget=0.1)
     monkeypatch.setattr(quickstart, "write_report", lambda *args: None)
