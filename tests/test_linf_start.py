@@ -366,3 +366,9 @@ def test_shared_memory_is_refused(impl: str) -> None:
             functional.linf_start_(x, origin, eps=0.1, seed=0, impl=impl)
     check_start(whole[:6], whole[6:], 0.1, 3, impl=impl)
     check_start(whole[::2], whole[1::2], 0.1, 3, impl=impl)
+
+
+def test_a_back_end_that_is_asked_for_makes_no_parts() -> None:
+    x = torch.full((2, 3), 0.5)
+    with pytest.raises(ValueError, match="first is 3 with impl='cpu', wanted impl None or 'ref"):
+        functional.linf_start_(torch.empty_like(x), x, eps=0.1, seed=0, first=3, impl="cpu")

@@ -100,6 +100,21 @@ def test_a_classifier_learns(digits: Path, tmp_path: Path) -> None:
     assert config["versions"]["torch"] == torch.__version__
 
 
+def test_the_data_are_loaded_once(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Any] = []
+    real = datasets.load
+
+    def load(data: Any, **given: Any) -> Any:
+        loaded.append(data)
+        return real(data, **given)
+
+    monkeypatch.setattr(datasets, "load", load)
+    run("classifier", "--data", digits, *SMALL, "--out", tmp_path / "c")
+    assert loaded == [str(digits)]
+
+
 @pytest.mark.parametrize("task", ["classifier", "head"])
 def test_robust_means_attacked(task: str, digits: Path, tmp_path: Path) -> None:
     options: list[str | Path] = [task, "--data", digits, *SMALL, "--eps", "0.3"]

@@ -78,7 +78,7 @@ def _training() -> list[tuple[str, str]]:
             "off unless asked for: it fuses training steps, but most of the time of robust "
             "training goes into attacks, whose weights are folded anew for every batch",
         ),
-        ("channels last", "on in training: convolutions are faster in it, on every device"),
+        ("channels last", "on in training, for images and weights of convolutions"),
         (
             "attacks as CUDA graphs in training",
             "off: a graph reads fixed addresses, and every batch attacks newly folded weights",

@@ -94,13 +94,13 @@ def _train(command: TrainCommand, console: Console) -> None:
     made = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = chosen.out or ranks.from_first(lambda: made)
     console.print(f"Run folder: {folder}", soft_wrap=True)
-    rows = len(datasets.load(task.data).x_train)
-    work, rate = tasks.batches_of(task, rows), (task.batch_size, "images/s")
+    data = datasets.load(task.data)
+    work, rate = tasks.batches_of(task, len(data.x_train)), (task.batch_size, "images/s")
     try:
         bar = None if ranks.is_first() else False
         with signals.finishing_steps(), shown(bar, work, rate=rate) as progress:
             progress.say(name)
-            results = tasks.train(task, folder, progress)
+            results = tasks.train(task, folder, progress, data)
     except signals.StoppedError as stopped:
         hint = f"{stopped}; to go on, add --out {folder} to the same command"
         Console(stderr=True, quiet=not ranks.is_first()).print(hint, soft_wrap=True, markup=False)

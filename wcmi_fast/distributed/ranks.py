@@ -152,12 +152,12 @@ def highest(number: int) -> int:
     return int(found)
 
 
-def mean(value: Tensor) -> float:
-    """Return the mean over the processes of a scalar."""
+def means(*values: Tensor) -> list[float]:
+    """Return the means over the processes of scalars; the host waits for the device once."""
+    found = torch.stack([value.detach() for value in values])
     if count() > 1:
-        value = value.detach().clone()
-        dist.all_reduce(value)
-    return value.item() / count()
+        dist.all_reduce(found)
+    return [value / count() for value in found.tolist()]
 
 
 def wait() -> None:

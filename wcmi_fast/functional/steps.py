@@ -177,8 +177,8 @@ def linf_start_(
 
     Raises:
         ValueError: shapes or devices that differ, eps < 0, NaN or too large, clip reversed, a seed
-            out of range, first < 0, an unknown impl, an x that requires grad or shares memory with
-            origin.
+            out of range, first < 0, first with an impl that makes no parts, an unknown impl, an x
+            that requires grad or shares memory with origin.
         TypeError: integer tensors, dtypes that differ, a seed that is no integer.
         RuntimeError: an impl that cannot be honoured.
 
@@ -198,6 +198,11 @@ def linf_start_(
     _check_seed("linf_start_", seed)
     if first < 0:
         raise ValueError(f"linf_start_: first is {first}, wanted 0 or more")
+    if first and impl not in (None, registry.REFERENCE):
+        raise ValueError(
+            f"linf_start_: first is {first} with impl={impl!r}, wanted impl None or 'reference', "
+            "which alone makes parts"
+        )
     lo, hi = _check_clip("linf_start_", clip)
     chosen = registry.choose("linf_start_", "linf_start_", registry.case_of(x), impl)
     if chosen == registry.REFERENCE or first:

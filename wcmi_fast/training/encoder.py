@@ -139,10 +139,11 @@ def train_encoder(
             values = values_of(images)
         optimizer.zero_grad(set_to_none=True)
         # A weight's gradient of the one global bound is the sum over the ranks, not their average.
-        (-ranks.count() * torch.stack(tuple(values.values())).sum()).backward()
+        stacked = torch.stack(tuple(values.values()))
+        (-ranks.count() * stacked.sum()).backward()
         nn.utils.clip_grad_norm_(weights, config.grad_clip)
         optimizer.step()
-        found = {term: value.item() for term, value in values.items()}
+        found = dict(zip(values, stacked.tolist(), strict=True))
         objective = sum(weights_of[term] * value for term, value in found.items())
         return {"bound_nats": objective, **{f"{term}_nats": v for term, v in found.items()}}
 

@@ -68,7 +68,7 @@ class Task:
     amp: bool = False
     """Compute convolutions and products in bfloat16; `wcmi-fast info` says where it pays."""
     compile: bool = False
-    """Let torch.compile fuse a step (not attacks); it needs a C++ compiler, and takes a minute."""
+    """Let torch.compile fuse a step (not attacks); it needs a C++ compiler."""
     seed: int = 0
     """Decides weights, order of the data, augmentation, dropout and random starts."""
     device: str = "cpu"

@@ -147,7 +147,9 @@ def _fit(fit: _Fit, seed: int, stage: str, run: RunFolder, on_batch: OnBatch) ->
             loss.backward()
             optimizer.step()
             right = (logits.argmax(1) == labels).float().mean()
-            return {"loss_nats": ranks.mean(loss), "training_accuracy": ranks.mean(right)}
+            return dict(
+                zip(("loss_nats", "training_accuracy"), ranks.means(loss, right), strict=True)
+            )
 
         if perturbation is not None:
             part = ramp(done, config.eps_warmup)

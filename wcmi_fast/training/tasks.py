@@ -51,7 +51,7 @@ EVALUATION_BATCH = 125
 Work = Callable[[RunFolder, Progress], dict[str, Any]]
 
 
-def train(task: Task, folder: Path, progress: Progress) -> dict[str, Any]:
+def train(task: Task, folder: Path, progress: Progress, data: Data | None = None) -> dict[str, Any]:
     """Do a task into a folder: config.toml, metrics.jsonl, weights and results.json.
 
     On several processes all do the task, and the first one writes (docs/scaling.md).
@@ -60,6 +60,7 @@ def train(task: Task, folder: Path, progress: Progress) -> dict[str, Any]:
         task: what to train.
         folder: an interrupted run of the same task goes on there.
         progress: told what is done, in batches.
+        data: what task.data names, where it is loaded already.
 
     Returns:
         The content of results.json.
@@ -71,7 +72,7 @@ def train(task: Task, folder: Path, progress: Progress) -> dict[str, Any]:
     """
     name = next(name for name, kind in TASKS.items() if type(task) is kind)
     _check(task)
-    data = _cut(datasets.load(task.data), task)
+    data = _cut(datasets.load(task.data) if data is None else data, task)
     _check_rows(task, len(data.x_train))
     work = _WORK[name](task, data)  # raises for what does not fit, before the folder is claimed
     boarded = task.tensorboard and ranks.is_first()
