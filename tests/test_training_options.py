@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import re
 import subprocess
@@ -30,6 +31,7 @@ from wcmi_fast.training import (
     train_classifier,
     train_encoder,
 )
+from wcmi_fast.training import encoder as encoder_module
 from wcmi_fast.training.objective import Mine, new_critic
 from wcmi_fast.training.stage import Values, ignore
 from wcmi_fast.training.steps import has_bfloat16, new_optimizer
@@ -172,6 +174,21 @@ def test_what_a_kept_image_side_loses(refresh: int, loses: bool | None) -> None:
     exact = strength(replace(config, critic_refresh=1), ATTACK, encoder, critic, images(8))
     assert found["refresh_lost"] == found["probe_attacked"] - exact["probe_attacked"]
     assert found["refresh_lost"] != 0.0
+
+
+def test_each_terms_value_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = itertools.count(1)
+
+    def over_ranks(name: str, bound: Any) -> Any:
+        value = next(made)  # 1 is the worst case's, 2 the plain one's; attacks come after
+        return lambda z, h: value + 0.0 * (z.sum() + h.sum())
+
+    monkeypatch.setattr(encoder_module, "over_ranks", over_ranks)
+    monkeypatch.setattr(encoder_module, "strength", lambda *given: {})
+    trained(replace(SMALL, beta=0.25, epochs=1), tmp_path)
+    (record,) = RunFolder(tmp_path).metrics()
+    assert (record["worst_case_nats"], record["information_nats"]) == (1.0, 2.0)
+    assert record["bound_nats"] == 1.75
 
 
 def test_an_encoders_metrics(tmp_path: Path) -> None:
