@@ -224,6 +224,7 @@ def test_the_same_options_go_on_and_others_are_named(
     assert results(tmp_path / "c") == first
     error = said(capsys, *options, "--eps", "0.2", "--seed", "1")
     assert "holds a run with another eps, seed, wanted the same settings or a new folder" in error
+    assert "; eps is 0.1 there and 0.2 here, seed is 0 there and 1 here" in error
     error = said(capsys, "encoder", *options[1:])
     assert "holds a run with another" in error
     assert "task" in error

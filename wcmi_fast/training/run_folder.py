@@ -100,9 +100,10 @@ class RunFolder:
         there = json.loads(file.read_text()) if file.exists() else wanted
         keys = sorted(k for k in there.keys() | wanted.keys() if there.get(k) != wanted.get(k))
         if keys:
+            values = (f"{k} is {there.get(k)!r} there and {wanted.get(k)!r} here" for k in keys)
             raise ValueError(
                 f"{owner}: folder {self.path} holds a run with another {', '.join(keys)}, wanted "
-                "the same settings or a new folder"
+                f"the same settings or a new folder; {', '.join(values)}"
             )
         write_file(file, json.dumps(settings, indent=1) + "\n")
 
