@@ -84,7 +84,8 @@ def test_the_table_has_the_runs_accuracies(ran: Run) -> None:
         for row in ran.found["rows"]
     ]
     text = as_text(tables({**ran.found, "rows": rows, "data": "fashion_mnist"}))
-    assert text.count("62.50") == text.count("12.50") == len(ROWS)
+    assert text.count("62.50 ± 17.68") == text.count("12.50 ± 17.68") == len(ROWS)
+    assert "12 test images, which leave 24.6 points" in " ".join(text.split())
     for head in PUBLISHED["fashion_mnist"].values():
         assert all(f"({value:.2f})" in text for value in head["mlp"])
 

@@ -21,7 +21,7 @@ from two_kinds import write_two_kinds
 from wcmi_fast import PGD, datasets, models
 from wcmi_fast.cli import main
 from wcmi_fast.commands.train import with_defaults
-from wcmi_fast.training.evaluation import accuracy
+from wcmi_fast.training.evaluation import accuracy, interval
 from wcmi_fast.training.options import TASKS, ClassifierTask
 from wcmi_fast.training.presets import PRESETS, preset
 from wcmi_fast.training.watch import Watch
@@ -85,6 +85,8 @@ def test_encoder_and_heads(digits: Path, tmp_path: Path) -> None:
         assert found["adversarial_accuracy"] == accuracy(whole, nothing, x, y, attack=attack)
         assert found["test_attack"]["eps"] == 0.1
         assert found["test_images"] == 20
+        for name in ("natural", "adversarial"):
+            assert found[f"{name}_interval"] == list(interval(found[f"{name}_accuracy"], 20))
         # The encoder is the one that was trained.
         alone = models.load(
             "baseline_h", encoder / "encoder.safetensors", input_shape=(1, 8, 8), classes=64
@@ -92,9 +94,16 @@ def test_encoder_and_heads(digits: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(whole[:-1](x), alone(x))
 
 
-def test_a_classifier_learns(digits: Path, tmp_path: Path) -> None:
+def test_a_classifier_learns(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run("classifier", "--data", digits, *SMALL, "--epochs", "6", "--out", tmp_path / "c")
-    assert results(tmp_path / "c")["natural_accuracy"] > 0.9
+    found = results(tmp_path / "c")
+    assert found["natural_accuracy"] > 0.9
+    low, high = (f"{100 * end:.2f}" for end in found["natural_interval"])
+    assert f"of 20 test images (95 %: {low} to {high})" in re.sub(
+        r"\s+", " ", capsys.readouterr().out
+    )
     config = tomllib.loads((tmp_path / "c" / "config.toml").read_text())
     assert config["classifier"]["epochs"] == 6
     assert config["versions"]["torch"] == torch.__version__

@@ -18,7 +18,7 @@ from wcmi_fast.models.folding import folded
 from wcmi_fast.training import encoder as encoder_module
 from wcmi_fast.training.config import EncoderConfig, HeadConfig
 from wcmi_fast.training.encoder import train_encoder
-from wcmi_fast.training.evaluation import accuracy
+from wcmi_fast.training.evaluation import accuracy, interval
 from wcmi_fast.training.objective import BOUNDS, Critic, information_loss, new_critic
 from wcmi_fast.training.run_folder import RunFolder
 from wcmi_fast.training.stage import OnBatch, Values
@@ -213,6 +213,17 @@ def test_accuracy_attacks_each_image_by_its_own_loss() -> None:
     x_adv = attack.attack(lambda v: cross_entropy(head(encoder(v)), y, reduction="none"), x)
     wanted = (head(encoder(x_adv)).argmax(1) == y).float().mean().item()
     assert accuracy(encoder, head, x, y, attack=attack, batch_size=7) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(("right", "images"), [(8, 10), (632, 1000), (0, 20), (20, 20)])
+def test_the_interval_has_the_shares_that_are_1_96_errors_away(right: int, images: int) -> None:
+    share = right / images
+    for end in interval(share, images):
+        error = math.sqrt(end * (1 - end) / images)
+        assert abs(end - share) == pytest.approx(1.959964 * error, rel=1e-5, abs=1e-9)
+    low, high = interval(share, images)
+    assert 0 <= low <= share <= high <= 1
+    assert low < high
 
 
 def test_no_gradient_reaches_the_frozen_encoder(tmp_path: Path) -> None:

@@ -164,5 +164,7 @@ def _table(results: dict[str, Any]) -> Table:
     for name in ("natural", "adversarial"):
         if f"{name}_accuracy" in results:
             share = f"{100 * results[f'{name}_accuracy']:.2f} %"
-            table.add_row(f"{name} accuracy", f"{share} of {results['test_images']} test images")
+            low, high = (f"{100 * end:.2f}" for end in results[f"{name}_interval"])
+            images = f"{results['test_images']} test images"
+            table.add_row(f"{name} accuracy", f"{share} of {images} (95 %: {low} to {high})")
     return table

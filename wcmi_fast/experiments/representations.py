@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from wcmi_fast.experiments.published import PUBLISHED
 from wcmi_fast.experiments.reproduction import Results, Say
 from wcmi_fast.progress import Progress
 from wcmi_fast.training import tasks
+from wcmi_fast.training.evaluation import interval
 from wcmi_fast.training.options import TASKS, Task
 from wcmi_fast.training.presets import PRESETS, preset
 from wcmi_fast.training.run_folder import RunFolder
@@ -101,6 +102,7 @@ def classifiers(job: Job, seed: int, folder: Path) -> Iterator[tuple[tuple[str, 
 
 def run(job: Job, folder: RunFolder, say: Say) -> Results:
     """Train and attack everything, each in a folder of its own; see `Experiment`."""
+    images = 0
     seconds: dict[str, float] = {}
     rows: dict[tuple[str, str], dict[str, Any]] = {
         row: {kind: {name: [] for name in ACCURACIES} for kind in KINDS} for row in ROWS
@@ -111,12 +113,14 @@ def run(job: Job, folder: RunFolder, say: Say) -> Results:
         for (representation, head, kind), part in classifiers(job, seed, folder.path):
             found = _train(part, folder, say)
             seconds[part.name] = found["seconds"]
+            images = found["test_images"]
             for name in ACCURACIES:
                 rows[representation, head][kind][name].append(found[f"{name}_accuracy"])
     attack = asdict(_task(job, "classifier", 0).test_attack())
     return {
         "data": _task(job, "classifier", 0).data,
         "test_attack": attack,
+        "test_images": images,
         "rows": [
             {"representation": row[0], "head": row[1], **found} for row, found in rows.items()
         ],
@@ -203,14 +207,20 @@ def _train(part: Part, folder: RunFolder, say: Say) -> dict[str, Any]:
 
 def _cell(ours: Sequence[float], theirs: Sequence[float]) -> str:
     found = f"{100 * fmean(ours):.2f}" if ours else "-"
+    if len(ours) > 1:
+        found += f" ± {100 * stdev(ours):.2f}"
     return found + "".join(f" ({value:.2f})" for value in theirs)
 
 
 def _sentence(results: Results) -> str:
     attack: Mapping[str, Any] = results["test_attack"]
     job: Mapping[str, Any] = results["settings"]
+    images = results["test_images"]
+    low, high = interval(0.5, images)
     return (
-        f"Seeds {job['seeds']}; up to {job['test_images']} test images; attacked by PGD of "
-        f"{attack['steps']} steps of {attack['step_size']:g} within {attack['eps']:g}. The paper's "
-        "numbers are of other settings (its section 6), means over 4 trials."
+        f"Seeds {job['seeds']}, ± their standard deviation if there are several; {images} test "
+        f"images, which leave {50 * (high - low):.1f} points to either side of 50 % uncertain (95 "
+        f"%); attacked by PGD of {attack['steps']} steps of {attack['step_size']:g} within "
+        f"{attack['eps']:g}. The paper's numbers are of other settings (its section 6), means over "
+        "4 trials."
     )

@@ -57,3 +57,14 @@ def accuracy(
         correct += int((predicted == labels).sum())
         on_batch()
     return correct / len(x)
+
+
+def interval(share: float, images: int) -> tuple[float, float]:
+    """Return the 95 % interval (Wilson) of an accuracy, of which a share of images was right.
+
+    It is about the choice of test images, not about that of a seed.
+    """
+    from scipy.stats import binomtest
+
+    found = binomtest(round(share * images), images).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)

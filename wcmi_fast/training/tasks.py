@@ -30,7 +30,7 @@ from wcmi_fast.training.config import (
     TrainingConfig,
 )
 from wcmi_fast.training.encoder import train_encoder
-from wcmi_fast.training.evaluation import accuracy
+from wcmi_fast.training.evaluation import accuracy, interval
 from wcmi_fast.training.objective import BOUNDS
 from wcmi_fast.training.options import (
     TASKS,
@@ -269,8 +269,8 @@ def _evaluated(task: Task, model: nn.Module, data: Data, run: RunFolder) -> dict
         for name, attack in (("natural", None), ("adversarial", task.test_attack()))
     }
     return {
-        "natural_accuracy": shares["natural"],
-        "adversarial_accuracy": shares["adversarial"],
+        **{f"{name}_accuracy": share for name, share in shares.items()},
+        **{f"{name}_interval": interval(share, len(x)) for name, share in shares.items()},
         "test_images": len(x),
         "test_attack": asdict(task.test_attack()),
     }
