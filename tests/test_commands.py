@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from wcmi_fast import cli
+from wcmi_fast import cli, datasets, models
 from wcmi_fast.commands import measure, reproduce
-from wcmi_fast.data import Data
+from wcmi_fast.data import Data, Feed
 from wcmi_fast.models import BaselineH
 from wcmi_fast.models.classifiers import CIFAR10_MEAN
 from wcmi_fast.training.checkpoint import save_weights
@@ -89,6 +89,22 @@ def test_a_name_gets_the_weights_of_its_checkpoint(place: Path) -> None:
     assert first["information"]["mean"] != second["information"]["mean"]
 
 
+def test_a_run_of_train_is_measured_by_its_folder(place: Path) -> None:
+    options = shlex.split("--data tiny.npz --steps 1 --epochs 1 --batch-size 10 --test-steps 1")
+    cli.main(["train", "encoder", *options, "--units", "8", "--out", "encoder"])
+    cli.main(["train", "head", *options, "--encoder", "encoder", "--out", "head"])
+    data = datasets.load("tiny.npz")
+    x = Feed(data.x_test, "cpu")[:5]
+    for file, name, outputs in (
+        ("encoder/encoder.safetensors", "baseline_h", 64),
+        ("head/classifier.safetensors", "baseline_h_mlp", 2),
+    ):
+        wanted = models.load(name, file, input_shape=(1, 8, 8), classes=outputs)
+        command = measure.MeasureCommand(model=file.split("/")[0], data="tiny.npz", eps=0.1)
+        assert torch.equal(measure.load_model(command, data, 2)(x), wanted(x))
+    assert measured("--model", "head", "--layer", "output")["adversarial_accuracy"] is not None
+
+
 def test_cifar10_is_normalised_inside_the_model() -> None:
     images, labels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
     data = Data(images, labels, images, labels)
@@ -126,6 +142,8 @@ def test_the_same_command_twice_reads_what_is_there(
         (["--model", "missing:none"], "wanted module:callable that can be imported"),
         (["--model", "handmade:text"], "which made a str, wanted an nn.Module"),
         (["--model", "resnet_18"], "did you mean"),
+        (["--model", "."], "load_trained: run is ., which holds no run of wcmi-fast train"),
+        (["--model", ".", "--checkpoint", "weights.pt"], "checkpoint is weights.pt beside the run"),
         (["--model", "handmade:small", "--layer", "fc"], "layer is 'fc', wanted a submodule"),
         (["--model", "handmade:small", "--eps", "-1"], "eps is -1.0, wanted"),
         (["--model", "handmade:small", "--checkpoint", "none.pt"], "none.pt"),

@@ -18,6 +18,7 @@ from wcmi_fast.information.critic import CriticConfig
 from wcmi_fast.information.vulnerability import representation_vulnerability
 from wcmi_fast.models.classifiers import CIFAR10_MEAN, CIFAR10_STD
 from wcmi_fast.training.config import CriticGrad
+from wcmi_fast.training.trained import load_trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,8 @@ class MeasureCommand:
     """Measure I, worst-case I and vulnerability of a model's representation; write a report."""
 
     model: str
-    """A name, as in `wcmi_fast.models.NAMES`, or module:callable that returns an nn.Module."""
+    """A name, as in `wcmi_fast.models.NAMES`; module:callable that returns an nn.Module; or the
+    folder of a finished run of `wcmi-fast train`, which needs no checkpoint."""
     data: str
     """mnist, fashion_mnist, cifar10, svhn, mnist5k; an .npz file of x_train, y_train, x_test and
     y_test; or a folder of train/CLASS/ and test/CLASS/ with images."""
@@ -121,12 +123,20 @@ def load_model(command: MeasureCommand, data: Data, classes: int) -> nn.Module:
     """Return the model that a command names, with the weights of its checkpoint.
 
     Raises:
-        TypeError, ValueError: no such model; one that is no nn.Module; weights that do not fit.
+        TypeError, ValueError: no such model; one that is no nn.Module; weights that do not fit; a
+            folder without a finished run, or a checkpoint beside it.
         FileNotFoundError: no such checkpoint.
     """
     torch.manual_seed(command.seed)
+    shape = (data.x_test.shape[1], data.x_test.shape[2], data.x_test.shape[3])
+    if command.model not in models.NAMES and Path(command.model).is_dir():
+        if command.checkpoint is not None:
+            raise ValueError(
+                f"measure: checkpoint is {command.checkpoint} beside the run {command.model}, "
+                "which has its own weights, wanted none"
+            )
+        return load_trained(command.model, input_shape=shape).model
     if ":" not in command.model:
-        shape = (data.x_test.shape[1], data.x_test.shape[2], data.x_test.shape[3])
         # A checkpoint's own normaliser, where it has one, takes the place of these.
         mean, std = (CIFAR10_MEAN, CIFAR10_STD) if command.data == "cifar10" else (None, None)
         return models.load(
