@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from probes import NO_ATTACK
 from torch import Tensor, nn
 
 from wcmi_fast import PGD, datasets, models
@@ -107,7 +108,7 @@ def test_what_is_attacked_is_augmented(
 
     monkeypatch.setattr(Augmentation, "augment", negative)
     monkeypatch.setattr(PGD, "attack", attack)
-    monkeypatch.setattr(encoder_module, "strength", lambda *given: {})
+    monkeypatch.setattr(encoder_module, "strength", lambda *given: NO_ATTACK)
     trained(kind, tmp_path)
     assert rows_of(attacked) == rows_of([2 - X])
 

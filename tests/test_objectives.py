@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from probes import NO_ATTACK
 from torch import Tensor, nn
 
 from wcmi_fast import PGD
@@ -179,7 +180,7 @@ def test_the_attack_lowers_the_worst_case_term_only(tmp_path: Path) -> None:
     with (
         mock.patch.object(PGD, "attack", attack),
         mock.patch.object(encoder_module, "new_encoder", encoder),
-        mock.patch.object(encoder_module, "strength", return_value={}),
+        mock.patch.object(encoder_module, "strength", return_value=NO_ATTACK),
     ):
         trained(replace(SMALL, beta=0.5, epochs=1, eps_warmup=0.0), tmp_path)
     assert len(seen) == 3

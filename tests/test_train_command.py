@@ -21,6 +21,8 @@ from two_kinds import write_two_kinds
 from wcmi_fast import PGD, datasets, models
 from wcmi_fast.cli import main
 from wcmi_fast.commands.train import with_defaults
+from wcmi_fast.training import tasks
+from wcmi_fast.training.config import EncoderConfig
 from wcmi_fast.training.evaluation import accuracy, interval
 from wcmi_fast.training.options import TASKS, ClassifierTask
 from wcmi_fast.training.presets import PRESETS, preset
@@ -138,6 +140,39 @@ def test_robust_means_attacked(task: str, digits: Path, tmp_path: Path) -> None:
         for name in ("standard", "robust")
     )
     assert robust > standard + 0.01
+
+
+def test_an_encoders_options_reach_its_config(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[EncoderConfig] = []
+
+    def train_encoder(config: EncoderConfig, *rest: Any, **options: Any) -> None:
+        given.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tasks, "train_encoder", train_encoder)
+    options = "--beta 0.5 --bound nwj --units 8 --grad-clip 2 --averaging 0.5 --learning-rate 0.1"
+    with pytest.raises(KeyboardInterrupt):
+        run(
+            *("encoder", "--data", digits, *SMALL, "--out", tmp_path / "e"),
+            *options.split(),
+            "--stop-on-overfitting",
+        )
+    assert given == [
+        EncoderConfig(
+            attack=PGD(eps=0.1, step_size=0.25, steps=1),
+            epochs=2,
+            batch_size=10,
+            beta=0.5,
+            bound="nwj",
+            units=8,
+            grad_clip=2.0,
+            averaging=0.5,
+            learning_rate=0.1,
+            stop_on_overfitting=True,
+        )
+    ]
 
 
 def test_what_is_held_out_is_what_the_options_say() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from probes import NO_ATTACK
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -184,7 +185,7 @@ def test_eps_and_step_grow_in_the_warm_up(
         return original(self, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(PGD, "attack", spy)
-    monkeypatch.setattr(encoder_module, "strength", lambda *given: {})
+    monkeypatch.setattr(encoder_module, "strength", lambda *given: NO_ATTACK)
     train(replace(SMALL, eps_warmup=0.5), images, tmp_path)
     done = [step / 6 for step in range(6)]
     wanted = [0.1 * min(1.0, part / 0.5) for part in done]

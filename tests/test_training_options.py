@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from probes import NO_ATTACK
 from torch import Tensor, nn
 
 import wcmi_fast
@@ -35,7 +36,7 @@ from wcmi_fast.training import encoder as encoder_module
 from wcmi_fast.training.objective import Mine, new_critic
 from wcmi_fast.training.stage import Values, ignore
 from wcmi_fast.training.steps import has_bfloat16, new_optimizer
-from wcmi_fast.training.strength import strength
+from wcmi_fast.training.strength import defeated, strength
 from wcmi_fast.training.tasks import told
 
 SHAPE = (1, 8, 8)
@@ -156,10 +157,13 @@ def test_strength_is_what_the_attack_takes_away(tmp_path: Path) -> None:
     encoder, critic = BaselineH(SHAPE, dim=4).eval(), new_critic(4, 8, SHAPE)
     x = images(8)
     found = strength(SMALL, ATTACK, encoder, critic, x)
-    assert found.keys() == {"probe_clean", "probe_attacked"}
+    assert found.keys() == {"probe_clean", "probe_attacked", "probe_finer"}
     assert found["probe_attacked"] < found["probe_clean"] - 0.01
     nothing = strength(SMALL, replace(ATTACK, eps=0.0), encoder, critic, x)
-    assert nothing["probe_attacked"] == nothing["probe_clean"] == found["probe_clean"]
+    assert set(nothing.values()) == {found["probe_clean"]}
+    finer = replace(ATTACK, steps=4 * ATTACK.steps, step_size=ATTACK.step_size / 4)
+    assert found["probe_finer"] == strength(SMALL, finer, encoder, critic, x)["probe_attacked"]
+    assert found["probe_finer"] != found["probe_attacked"]
 
 
 @pytest.mark.parametrize(("refresh", "loses"), [(0, True), (2, True), (3, True), (1, None)])
@@ -184,7 +188,7 @@ def test_each_terms_value_has_its_name(tmp_path: Path, monkeypatch: pytest.Monke
         return lambda z, h: value + 0.0 * (z.sum() + h.sum())
 
     monkeypatch.setattr(encoder_module, "over_ranks", over_ranks)
-    monkeypatch.setattr(encoder_module, "strength", lambda *given: {})
+    monkeypatch.setattr(encoder_module, "strength", lambda *given: NO_ATTACK)
     trained(replace(SMALL, beta=0.25, epochs=1), tmp_path)
     (record,) = RunFolder(tmp_path).metrics()
     assert (record["worst_case_nats"], record["information_nats"]) == (1.0, 2.0)
@@ -197,9 +201,47 @@ def test_an_encoders_metrics(tmp_path: Path) -> None:
     for record in RunFolder(tmp_path).metrics():
         wanted = 0.75 * record["information_nats"] + 0.25 * record["worst_case_nats"]
         assert record["bound_nats"] == pytest.approx(wanted)
-        assert {"probe_clean", "probe_attacked", "refresh_lost"} <= record.keys()
+        probes = {"probe_clean", "probe_attacked", "probe_finer", "refresh_lost"}
+        assert probes <= record.keys()
     trained(replace(SMALL, beta=0.0), tmp_path / "plain")
     assert "probe_clean" not in RunFolder(tmp_path / "plain").metrics()[-1]
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ((3.0, 2.0, 0.99), True),  # in nats: clean, attacked, under a finer attack
+        ((3.0, 2.0, 1.01), False),
+        ((3.0, 3.1, 2.89), True),  # an attack that raises the bound takes nothing
+        ((3.0, 3.1, 2.91), False),
+        ((0.1, 0.09, 0.05), False),
+    ],
+)
+def test_what_is_a_defeated_attack(values: tuple[float, ...], wanted: bool) -> None:
+    assert defeated(dict(zip(NO_ATTACK, values, strict=True))) == wanted
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_defeated_attack_warns_and_stops_if_asked(
+    stop: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(SMALL, epochs=3, stop_on_overfitting=stop)
+    lost = {"probe_clean": 3.5, "probe_attacked": 3.25, "probe_finer": 0.25}
+    found = iter([NO_ATTACK, lost, NO_ATTACK])
+    monkeypatch.setattr(encoder_module, "strength", lambda *given: next(found))
+    sentence = "train_encoder: stage 'e': .* from 3.50 to 3.25 in epoch 2, .* shorter, to 0.25"
+    with pytest.warns(UserWarning, match=sentence):
+        trained(config, tmp_path)
+    done = [record["epoch"] for record in RunFolder(tmp_path).metrics()]
+    assert done == ([1, 2] if stop else [1, 2, 3])
+    trained(config, tmp_path)  # does not go on
+    assert len(RunFolder(tmp_path).metrics()) == len(done)
+
+
+def test_an_attack_that_training_does_not_defeat(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained(SMALL, tmp_path)
 
 
 def test_free_training_of_an_encoder_resumes(tmp_path: Path) -> None:

@@ -103,6 +103,8 @@ class EncoderConfig(TrainingConfig):
         grad_clip: largest norm of a step's gradient, over all weights.
         averaging: decay of the running average of the weights that is returned; 0 returns the last
             weights.
+        stop_on_overfitting: end the stage where training has learned to defeat its attack
+            (`wcmi_fast.training.strength.Probe`), instead of warning only.
     """
 
     beta: float = 1.0
@@ -118,6 +120,7 @@ class EncoderConfig(TrainingConfig):
     batch_size: int = 64
     grad_clip: float = 1.0
     averaging: float = 0.99
+    stop_on_overfitting: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

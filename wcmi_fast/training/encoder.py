@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from wcmi_fast.attacks import PGD
 from wcmi_fast.data import Feed, fed
 from wcmi_fast.distributed import ranks
 from wcmi_fast.distributed.bounds import over_ranks
@@ -40,7 +42,7 @@ from wcmi_fast.training.steps import (
     set_learning_rate,
     stepped,
 )
-from wcmi_fast.training.strength import strength
+from wcmi_fast.training.strength import Probe, strength
 
 
 def new_encoder(config: EncoderConfig, input_shape: tuple[int, int, int]) -> nn.Module:
@@ -174,16 +176,21 @@ def train_encoder(
         average_(averaged.values(), trained.values(), decay if config.averaging else 0.0)
         return reported
 
-    def after_epoch(epoch: int) -> Values:
-        if config.attack is None or WORST not in critics:
-            return {}
-        attack = scaled(config.attack, ramp(epoch / config.epochs, config.eps_warmup))
-        probe, critic = x[: config.batch_size], critics[WORST]
+    def measured(attack: PGD, epoch: int) -> Values:
+        now = scaled(attack, ramp(epoch / config.epochs, config.eps_warmup))
+        images, critic = x[: config.batch_size], critics[WORST]
         with autocast(config, x.device):
-            return ranks.from_first(lambda: strength(config, attack, encoder, critic, probe))
+            return ranks.from_first(lambda: strength(config, now, encoder, critic, images))
 
+    probe = None
+    if config.attack is not None and WORST in critics:
+        probe = Probe(
+            partial(measured, config.attack),
+            stop=config.stop_on_overfitting,
+            where=f"train_encoder: stage {stage!r}",
+        ).to(x.device)
     states = {f"{term}_bound": bound for term, bound in ascending.items()}
-    further = {"perturbation": perturbation, **states}
+    further = {"perturbation": perturbation, "probe": probe, **states}
     modules = {
         **trained,
         **averaged,
@@ -201,7 +208,7 @@ def train_encoder(
             optimizer=optimizer,
             train_batch=train_batch,
             on_batch=on_batch,
-            after_epoch=after_epoch,
+            **({} if probe is None else probe.hooks()),
         ),
         run,
     )

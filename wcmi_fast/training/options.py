@@ -123,6 +123,8 @@ class EncoderTask(Task):
     """Largest norm of a step's gradient."""
     averaging: float = 0.99
     """Decay of the running average of the weights; 0 takes the last weights."""
+    stop_on_overfitting: bool = False
+    """End training where a finer attack takes twice what the attack of training does."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,9 +136,9 @@ def _check_rows(task: Task, rows: int) -> None:
         )
 
 
-def _common(task: Task) -> dict[str, Any]:
-    """Return the options that `TrainingConfig` has by the same names."""
-    names = {each.name for each in fields(TrainingConfig)} & {each.name for each in fields(Task)}
+def _shared(task: Task, config: type[TrainingConfig]) -> dict[str, Any]:
+    """Return the options that a config has by the same names."""
+    names = {each.name for each in fields(config)} & {each.name for each in fields(task)}
     return {name: getattr(task, name) for name in sorted(names)}
 
 
@@ -151,17 +151,7 @@ def _encoder(task: EncoderTask, data: Data) -> Work:
     config = EncoderConfig(
         attack=task.attack(),
         augmentation=task.augmentation(),
-        beta=task.beta,
-        bound=task.bound,
-        critic_grad=task.critic_grad,
-        critic_refresh=task.critic_refresh,
-        shared_critic=task.shared_critic,
-        mean=task.mean,
-        std=task.std,
-        units=task.units,
-        grad_clip=task.grad_clip,
-        averaging=task.averaging,
-        **_common(task),
+        **_shared(task, EncoderConfig),
     )
     whole = models.baseline_h(shape, classes=config.dim, mean=task.mean, std=task.std)
 
@@ -190,9 +180,8 @@ def _head(task: HeadTask, data: Data) -> Work:
     config = HeadConfig(
         attack=task.attack() if task.robust else None,
         augmentation=task.augmentation(),
-        kind=task.kind,
         watch=task.watch(),
-        **_common(task),
+        **_shared(task, HeadConfig),
     )
 
     def work(run: RunFolder, progress: Progress) -> dict[str, Any]:
@@ -219,7 +208,7 @@ def _classifier(task: ClassifierTask, data: Data) -> Work:
         attack=task.attack() if task.robust else None,
         augmentation=task.augmentation(),
         watch=task.watch(),
-        **_common(task),
+        **_shared(task, ClassifierConfig),
     )
     with seeded(task.seed, "classifier", "weights"):
         model = models.load(
