@@ -39,8 +39,8 @@ def _papers(data: str, task: str) -> dict[str, Any]:
     return {"data": data, **_COMMON, **_ATTACKS[data], **augmentation, **normalisation, **further}
 
 
-# Radius, augmentation and normalisation of the paper; the rest for about an hour on two cores, for
-# an encoder and a head on 60,000 images of 28 x 28: estimated from one run, not timed.
+# Radius, augmentation and normalisation of the paper; the rest for less than an hour on two cores,
+# for an encoder and a head on 60,000 images of 28 x 28: docs/training.md has the times.
 _CPU: dict[str, dict[str, Any]] = {
     "encoder": {"epochs": 12, "batch_size": 64, "learning_rate": 2e-3, "schedule": "one_cycle"},
     "head": {"epochs": 6, "batch_size": 128, "learning_rate": 1e-3, "schedule": "linear"},
