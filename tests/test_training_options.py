@@ -178,6 +178,7 @@ def test_what_a_kept_image_side_loses(refresh: int, loses: bool | None) -> None:
     exact = strength(replace(config, critic_refresh=1), ATTACK, encoder, critic, images(8))
     assert found["refresh_lost"] == found["probe_attacked"] - exact["probe_attacked"]
     assert found["refresh_lost"] != 0.0
+    assert found["probe_finer"] == exact["probe_finer"]
 
 
 def test_each_terms_value_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

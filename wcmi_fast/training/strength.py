@@ -37,9 +37,9 @@ def strength(
 
     Returns:
         "probe_clean", "probe_attacked" and "probe_finer", the last under `FINER` times the steps,
-        each so many times shorter; in nats (or the bound's unit). If config.critic_refresh spares
-        the attack evaluations of the image side: "refresh_lost", how much lower the same attack
-        comes that spares none.
+        each so many times shorter, none of which is spared an evaluation of the image side; in nats
+        (or the bound's unit). If config.critic_refresh spares the attack evaluations of the image
+        side: "refresh_lost", how much lower the same attack comes that spares none.
     """
     fixed, sides = folded(encoder), Critic(folded(critic.global_), folded(critic.local))
     bound = BOUNDS[attacked_bound(config)]
@@ -48,17 +48,19 @@ def strength(
     def value(x: Tensor) -> float:
         return bound(sides.global_(fixed(x)), sides.local(x)).item()
 
-    loss_fn = attackers_loss(config, bound, encoder, critic)
-    attacked = value(attack.attack(loss_fn, images))
+    # A loss keeps the image side between an attack's steps, so that each attack has its own.
+    def under(attack: PGD, refresh: int | None) -> float:
+        loss_fn = attackers_loss(config, bound, encoder, critic, refresh=refresh)
+        return value(attack.attack(loss_fn, images))
+
     finer = replace(attack, steps=FINER * attack.steps, step_size=attack.step_size / FINER)
     found = {
         "probe_clean": value(images),
-        "probe_attacked": attacked,
-        "probe_finer": value(finer.attack(loss_fn, images)),
+        "probe_attacked": under(attack, None),
+        "probe_finer": under(finer, 1),
     }
     if config.critic_grad == "encoder_only" and config.critic_refresh != 1:
-        exact = attack.attack(attackers_loss(config, bound, encoder, critic, refresh=1), images)
-        found["refresh_lost"] = attacked - value(exact)
+        found["refresh_lost"] = found["probe_attacked"] - under(attack, 1)
     return found
 
 
