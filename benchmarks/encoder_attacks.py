@@ -9,6 +9,7 @@ loses it under a finer one (docs/training.md, "Attacks that are defeated").
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +23,9 @@ from wcmi_fast import datasets
 from wcmi_fast.attacks import PGD
 from wcmi_fast.data import Feed
 from wcmi_fast.training.objective import BOUNDS, Critic, information_loss, new_critic
-from wcmi_fast.training.trained import load_trained
+from wcmi_fast.training.run_folder import SETTINGS
+from wcmi_fast.training.trained import Trained, load_trained
 
-DIM = 64
 # Steps, and the length of each as a part of eps.
 ATTACKS = ((5, 0.5), (7, 0.25), (10, 0.2), (20, 0.1), (100, 0.05))
 
@@ -54,9 +55,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def values(run: Path, images: torch.Tensor, eps: float) -> dict[str, float]:
     """Return dv in nats of the images, unattacked and under each attack, by its name."""
-    encoder = load_trained(run, input_shape=images.shape[1:]).model.requires_grad_(False)
-    critic, bound = _critic(run, images), BOUNDS["dv"]
-    loss_fn = information_loss(encoder, critic, bound, "full")
+    trained = load_trained(run, input_shape=images.shape[1:])
+    encoder, critic = trained.model.requires_grad_(False), _critic(run, trained)
+    loss_fn = information_loss(encoder, critic, BOUNDS["dv"], "full")
     found = {"none": -float(loss_fn(images))}
     for steps, part in ATTACKS:
         attack = PGD(eps=eps, step_size=part * eps, steps=steps)
@@ -65,13 +66,20 @@ def values(run: Path, images: torch.Tensor, eps: float) -> dict[str, float]:
     return found
 
 
-def _critic(run: Path, images: torch.Tensor) -> Critic:
-    states = [load_file(run / f"{side}_critic.safetensors") for side in ("global", "local")]
-    units = len(states[0]["block.norm.weight"])
-    channels, height, width = images.shape[1:]
-    critic = new_critic(DIM, units, (channels, height, width))
-    for side, state in zip((critic.global_, critic.local), states, strict=True):
-        side.load_state_dict(state)
+def _critic(run: Path, trained: Trained) -> Critic:
+    if trained.task != "encoder":
+        raise ValueError(f"run is {run}, of a {trained.task}, wanted that of an encoder")
+    settings = json.loads((run / SETTINGS).read_text())
+    channels, height, width = trained.input_shape
+    critic = new_critic(
+        trained.outputs,
+        settings["units"],
+        (channels, height, width),
+        settings["mean"],
+        settings["std"],
+    )
+    for name, side in critic.modules().items():
+        side.load_state_dict(load_file(run / f"{name}.safetensors"))
         side.eval().requires_grad_(False)
     return critic
 

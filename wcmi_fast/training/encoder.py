@@ -32,7 +32,7 @@ from wcmi_fast.training.objective import (
 )
 from wcmi_fast.training.run_folder import RunFolder
 from wcmi_fast.training.seeds import seeded, starts_generator
-from wcmi_fast.training.stage import OnBatch, Stage, Values, ignore, run_stage
+from wcmi_fast.training.stage import OnBatch, Stage, Values, ignore, run_stage, watched_by
 from wcmi_fast.training.steps import (
     autocast,
     average_,
@@ -208,7 +208,7 @@ def train_encoder(
             optimizer=optimizer,
             train_batch=train_batch,
             on_batch=on_batch,
-            **({} if probe is None else probe.hooks()),
+            **watched_by(probe),
         ),
         run,
     )

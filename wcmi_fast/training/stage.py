@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,22 @@ class Stage:
     on_batch: OnBatch = ignore
     after_epoch: Callable[[int], Mapping[str, float]] = lambda epoch: {}
     ended: Callable[[], bool] = lambda: False
+
+
+class Watcher(Protocol):
+    """What looks at training after every epoch, and may end it."""
+
+    ended: Tensor
+
+    def after_epoch(self, epoch: int) -> Mapping[str, float]:
+        """Return further metrics; see `Stage`."""
+
+
+def watched_by(watcher: Watcher | None) -> dict[str, Any]:
+    """Return what a `Stage` is told of its watcher."""
+    if watcher is None:
+        return {}
+    return {"after_epoch": watcher.after_epoch, "ended": lambda: bool(watcher.ended)}
 
 
 def run_stage(stage: Stage, run: RunFolder) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from wcmi_fast.training.evaluation import accuracy, classification_loss, represe
 from wcmi_fast.training.free import Perturbation
 from wcmi_fast.training.run_folder import RunFolder
 from wcmi_fast.training.seeds import seeded, starts_generator
-from wcmi_fast.training.stage import OnBatch, Stage, Values, ignore, run_stage
+from wcmi_fast.training.stage import OnBatch, Stage, Values, ignore, run_stage, watched_by
 from wcmi_fast.training.steps import (
     autocast,
     new_optimizer,
@@ -170,7 +169,7 @@ def _fit(fit: _Fit, seed: int, stage: str, run: RunFolder, on_batch: OnBatch) ->
             optimizer=optimizer,
             train_batch=train_batch,
             on_batch=on_batch,
-            **_hooks(watched),
+            **watched_by(watched),
         ),
         run,
     )
@@ -221,9 +220,3 @@ def _watched(fit: _Fit, watch: Watch, stage: str) -> Watched:
         )
 
     return Watched(watch, fit.model, measure, fit.owner, stage).to(fit.x.device)
-
-
-def _hooks(watched: Watched | None) -> dict[str, Any]:
-    if watched is None:
-        return {}
-    return {"after_epoch": watched.after_epoch, "ended": lambda: bool(watched.ended)}
