@@ -51,7 +51,7 @@ class Job:
     """Heads of the supervised networks."""
     held_out: int = 1000
     """Training images that tell the epoch of early stopping."""
-    test_images: int = 2000
+    test_images: int = 10_000
     """Test images for the accuracies, at most."""
     train_images: int | None = None
     """Training images, at most; None leaves it to the preset."""
