@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wcmi_fast import PGD
+from wcmi_fast.distributed import ranks
 from wcmi_fast.models import BaselineH, LinearHead, MLPHead
 from wcmi_fast.training import supervised
 from wcmi_fast.training.config import ClassifierConfig, HeadConfig
@@ -145,6 +146,20 @@ def test_catastrophic_overfitting_warns_and_stops_if_asked(stop: bool, tmp_path:
         with measured([]), warnings.catch_warnings():
             warnings.simplefilter("error")
             train(config, tmp_path)
+
+
+def test_one_of_several_processes_warns() -> None:
+    falling = iter([0.8, 0.1] * 2)
+    watch = replace(WATCH, stop=True)
+    for rank, warned in ((0, 1), (1, 0)):
+        watched = Watched(watch, nn.Identity(), lambda: next(falling), "train_head", "h")
+        with mock.patch.object(ranks, "rank", lambda rank=rank: rank):
+            watched.after_epoch(1)
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                watched.after_epoch(2)
+        assert len(seen) == warned
+        assert watched.ended  # all of them stop
 
 
 def test_a_slow_fall_is_no_overfitting(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -72,6 +73,12 @@ def rank() -> int:
 def is_first() -> bool:
     """Whether this process is the one that writes and prints."""
     return rank() == 0
+
+
+def warn(sentence: str) -> None:
+    """Warn of what every process has seen, once: in the first one, for the caller's caller."""
+    if is_first():
+        warnings.warn(sentence, stacklevel=3)
 
 
 def check_batch(owner: str, batch_size: int) -> None:

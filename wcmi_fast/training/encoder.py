@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from wcmi_fast.attacks import PGD
 from wcmi_fast.data import Feed, fed
 from wcmi_fast.distributed import ranks
 from wcmi_fast.distributed.bounds import over_ranks
@@ -21,6 +21,7 @@ from wcmi_fast.training.free import Perturbation
 from wcmi_fast.training.objective import (
     BOUNDS,
     WORST,
+    Bound,
     Critic,
     ascended,
     attacked_bound,
@@ -67,6 +68,90 @@ def _built(
             share_convolutions_(critic, encoder)
     encoder = encoder.to(device).to(memory_format=torch.channels_last)
     return encoder, {term: critic.to(device) for term, critic in critics.items()}
+
+
+def _values(
+    config: EncoderConfig,
+    encoder: nn.Module,
+    critics: Mapping[str, Critic],
+    bounds: Mapping[str, Bound],
+) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    """Return images by term -> the terms' values, whose gradients in the encoder are weighted."""
+    weights_of = weights_of_terms(config)
+    encode = stepped(config, encoder)
+    sides = {
+        term: (stepped(config, critic.global_), stepped(config, critic.local))
+        for term, critic in critics.items()
+    }
+
+    def value(term: str, images: Tensor) -> Tensor:
+        z = encode(images)
+        if weights_of[term] != 1:
+            # The encoder ascends by the term's weight; its critic always ascends fully.
+            z.register_hook(lambda dz: weights_of[term] * dz)
+        global_, local = sides[term]
+        return bounds[term](global_(z), local(images))
+
+    return lambda images: {term: value(term, images[term]) for term in weights_of}
+
+
+def _step(
+    config: EncoderConfig,
+    values_of: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+    weights: Sequence[nn.Parameter],
+    optimizer: Optimizer,
+    images: Mapping[str, Tensor],
+) -> Values:
+    """Ascend by one step on images by term; return the values that it found."""
+    device = next(iter(images.values())).device
+    with autocast(config, device):
+        values = values_of(images)
+    optimizer.zero_grad(set_to_none=True)
+    # A weight's gradient of the one global bound is the sum over the ranks, not their average.
+    stacked = torch.stack(tuple(values.values()))
+    (-ranks.count() * stacked.sum()).backward()
+    nn.utils.clip_grad_norm_(weights, config.grad_clip)
+    optimizer.step()
+    found = dict(zip(values, stacked.tolist(), strict=True))
+    weights_of = weights_of_terms(config)
+    objective = sum(weights_of[term] * value for term, value in found.items())
+    return {"bound_nats": objective, **{f"{term}_nats": v for term, v in found.items()}}
+
+
+def _attack(
+    config: EncoderConfig,
+    encoder: nn.Module,
+    critic: Critic,
+    clean: Tensor,
+    part: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Attack a batch, of which every process has a part, at a part of the radius."""
+    if config.attack is None:
+        return clean
+    name = attacked_bound(config)
+    loss_fn = attackers_loss(config, over_ranks(name, BOUNDS[name]), encoder, critic)
+    starts = starts_generator(generator, clean.device)
+    ramped, whole = scaled(config.attack, part), ranks.part_of(clean)
+    with autocast(config, clean.device):
+        return ramped.attack(loss_fn, clean, generator=starts, part_of=whole)
+
+
+def _probe(
+    config: EncoderConfig, encoder: nn.Module, critic: Critic, images: Tensor, stage: str
+) -> Probe | None:
+    """Return what measures the attack on some images after every epoch."""
+    attack = config.attack
+    if attack is None:
+        return None
+
+    def measured(epoch: int) -> Values:
+        now = scaled(attack, ramp(epoch / config.epochs, config.eps_warmup))
+        with autocast(config, images.device):
+            return ranks.from_first(lambda: strength(config, now, encoder, critic, images))
+
+    where = f"train_encoder: stage {stage!r}"
+    return Probe(measured, stop=config.stop_on_overfitting, where=where).to(images.device)
 
 
 def train_encoder(
@@ -118,47 +203,8 @@ def train_encoder(
     perturbation = Perturbation.of("train_encoder", config, x)
     per_epoch = len(x) // config.batch_size
 
-    encode = stepped(config, encoder)
-    sides = {
-        term: (stepped(config, critic.global_), stepped(config, critic.local))
-        for term, critic in critics.items()
-    }
-
-    def value_of(term: str, images: Tensor) -> Tensor:
-        z = encode(images)
-        if weights_of[term] != 1:
-            # The encoder ascends by the term's weight; its critic always ascends fully.
-            z.register_hook(lambda dz: weights_of[term] * dz)
-        global_, local = sides[term]
-        return bounds[term](global_(z), local(images))
-
-    values_of = averaging(
-        trained.values(), lambda images: {term: value_of(term, images[term]) for term in weights_of}
-    )
-
-    def step(images: Mapping[str, Tensor]) -> Values:
-        with autocast(config, x.device):
-            values = values_of(images)
-        optimizer.zero_grad(set_to_none=True)
-        # A weight's gradient of the one global bound is the sum over the ranks, not their average.
-        stacked = torch.stack(tuple(values.values()))
-        (-ranks.count() * stacked.sum()).backward()
-        nn.utils.clip_grad_norm_(weights, config.grad_clip)
-        optimizer.step()
-        found = dict(zip(values, stacked.tolist(), strict=True))
-        objective = sum(weights_of[term] * value for term, value in found.items())
-        return {"bound_nats": objective, **{f"{term}_nats": v for term, v in found.items()}}
-
-    def attacked(clean: Tensor, part: float, generator: torch.Generator) -> Tensor:
-        if config.attack is None:
-            return clean
-        name = attacked_bound(config)
-        bound = over_ranks(name, BOUNDS[name])
-        loss_fn = attackers_loss(config, bound, encoder, critics[WORST])
-        starts = starts_generator(generator, clean.device)
-        ramped, whole = scaled(config.attack, part), ranks.part_of(clean)
-        with autocast(config, x.device):
-            return ramped.attack(loss_fn, clean, generator=starts, part_of=whole)
+    values_of = averaging(trained.values(), _values(config, encoder, critics, bounds))
+    step = partial(_step, config, values_of, weights, optimizer)
 
     def train_batch(indices: Tensor, done: float, generator: torch.Generator) -> Values:
         clean = augmented(config.augmentation, x[indices], generator)
@@ -169,26 +215,16 @@ def train_encoder(
         else:
             images = dict.fromkeys(weights_of, clean)
             if WORST in images:
-                images[WORST] = attacked(clean, part, generator)
+                images[WORST] = _attack(config, encoder, critics[WORST], clean, part, generator)
             reported = step(images)
         number = round(done * config.epochs * per_epoch)
         decay = min(config.averaging, (1 + number) / (10 + number))
         average_(averaged.values(), trained.values(), decay if config.averaging else 0.0)
         return reported
 
-    def measured(attack: PGD, epoch: int) -> Values:
-        now = scaled(attack, ramp(epoch / config.epochs, config.eps_warmup))
-        images, critic = x[: config.batch_size], critics[WORST]
-        with autocast(config, x.device):
-            return ranks.from_first(lambda: strength(config, now, encoder, critic, images))
-
     probe = None
-    if config.attack is not None and WORST in critics:
-        probe = Probe(
-            partial(measured, config.attack),
-            stop=config.stop_on_overfitting,
-            where=f"train_encoder: stage {stage!r}",
-        ).to(x.device)
+    if WORST in critics:
+        probe = _probe(config, encoder, critics[WORST], x[: config.batch_size], stage)
     states = {f"{term}_bound": bound for term, bound in ascending.items()}
     further = {"perturbation": perturbation, "probe": probe, **states}
     modules = {

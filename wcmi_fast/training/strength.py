@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -95,8 +94,7 @@ class Probe(nn.Module):
         found = self._measure(epoch)
         if defeated(found):
             self.ended.fill_(self._stop)
-            if ranks.is_first():
-                warnings.warn(self._sentence(found, epoch), stacklevel=2)
+            ranks.warn(self._sentence(found, epoch))
         return found
 
     def _sentence(self, found: Mapping[str, float], epoch: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wcmi_fast.attacks import PGD
+from wcmi_fast.distributed import ranks
 
 # Catastrophic overfitting takes nearly all of the accuracy under attack within an epoch or two.
 LOST_SHARE = 0.5
@@ -73,12 +73,11 @@ class Watched(nn.Module):
             self.kept.load_state_dict(self._model[0].state_dict())
         elif self.overfits(found):
             self.ended.fill_(self._watch.stop)
-            warnings.warn(
+            ranks.warn(
                 f"{self._where}: accuracy under attack on held-out images fell from "
                 f"{100 * best:.1f} to {100 * found:.1f} % in epoch {epoch}, the sign of "
                 "catastrophic overfitting to a short attack; try more steps, a random start or a "
-                "smaller step_size",
-                stacklevel=2,
+                "smaller step_size"
             )
         return {"held_out_adversarial_accuracy": found}
 
