@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import wcmi_fast
 from wcmi_fast import PGD, functional
 from wcmi_fast.diagnosis import revision
+from wcmi_fast.distributed import ranks
 from wcmi_fast.functional.ema import EMAState
 from wcmi_fast.models import BaselineH
 from wcmi_fast.progress import shown
@@ -35,8 +36,8 @@ from wcmi_fast.training import (
 from wcmi_fast.training import encoder as encoder_module
 from wcmi_fast.training.objective import Mine, new_critic
 from wcmi_fast.training.stage import Values, ignore
-from wcmi_fast.training.steps import has_bfloat16, new_optimizer
-from wcmi_fast.training.strength import defeated, strength
+from wcmi_fast.training.steps import attacked, has_bfloat16, new_optimizer
+from wcmi_fast.training.strength import Probe, defeated, strength
 from wcmi_fast.training.tasks import told
 
 SHAPE = (1, 8, 8)
@@ -237,6 +238,32 @@ def test_a_defeated_attack_warns_and_stops_if_asked(
     assert done == ([1, 2] if stop else [1, 2, 3])
     trained(config, tmp_path)  # does not go on
     assert len(RunFolder(tmp_path).metrics()) == len(done)
+
+
+def test_an_attacks_starts_are_those_of_the_generator() -> None:
+    start = replace(ATTACK, random_start=True)
+
+    def found(seed: int, part: float = 1.0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return attacked(start, lambda x: x.flatten(1).sum(1), images(), part, generator)
+
+    assert torch.equal(found(0), found(0))
+    assert not torch.equal(found(0), found(1))
+    # At half the radius an image moves by at most that, and by more than a quarter.
+    assert 0.05 < (found(0, 0.5) - images()).abs().max() <= 0.1 + 1e-6
+
+
+def test_one_of_several_processes_warns_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = {"probe_clean": 3.5, "probe_attacked": 3.25, "probe_finer": 0.25}
+    probe = Probe(lambda epoch: lost, stop=True, where="here")
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        probe.after_epoch(1)
+    assert probe.ended
+    monkeypatch.setattr(ranks, "rank", lambda: 0)
+    with pytest.warns(UserWarning, match="here: the attack of training lowers"):
+        probe.after_epoch(2)
 
 
 def test_an_attack_that_training_does_not_defeat(tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from wcmi_fast import PGD, data
 from wcmi_fast.data import Feed, fed
-from wcmi_fast.training import encoder as encoder_module
-from wcmi_fast.training import supervised
+from wcmi_fast.training import steps
 from wcmi_fast.training.config import EncoderConfig, HeadConfig
 from wcmi_fast.training.encoder import train_encoder
 from wcmi_fast.training.evaluation import accuracy
@@ -136,8 +135,7 @@ def test_bytes_train_as_floats_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         starts_on.append(device)
         return starts_generator(generator, device)
 
-    for where in (encoder_module, supervised):
-        monkeypatch.setattr(where, "starts_generator", watched)
+    monkeypatch.setattr(steps, "starts_generator", watched)
     attack = PGD(eps=0.1, step_size=0.05, steps=2, random_start=True)
     config = EncoderConfig(attack=attack, dim=4, units=8, epochs=1, batch_size=8)
     head_config = HeadConfig(attack=attack, epochs=1, batch_size=8)

@@ -32,9 +32,10 @@ from wcmi_fast.training.objective import (
     weights_of_terms,
 )
 from wcmi_fast.training.run_folder import RunFolder
-from wcmi_fast.training.seeds import seeded, starts_generator
+from wcmi_fast.training.seeds import seeded
 from wcmi_fast.training.stage import OnBatch, Stage, Values, ignore, run_stage, watched_by
 from wcmi_fast.training.steps import (
+    attacked,
     autocast,
     average_,
     new_optimizer,
@@ -126,15 +127,13 @@ def _attack(
     part: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """Attack a batch, of which every process has a part, at a part of the radius."""
+    """Attack a batch with the critic, at a part of the radius."""
     if config.attack is None:
         return clean
     name = attacked_bound(config)
     loss_fn = attackers_loss(config, over_ranks(name, BOUNDS[name]), encoder, critic)
-    starts = starts_generator(generator, clean.device)
-    ramped, whole = scaled(config.attack, part), ranks.part_of(clean)
     with autocast(config, clean.device):
-        return ramped.attack(loss_fn, clean, generator=starts, part_of=whole)
+        return attacked(config.attack, loss_fn, clean, part, generator)
 
 
 def _probe(

@@ -11,14 +11,28 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from wcmi_fast.attacks import PGD
+from wcmi_fast.distributed import ranks
 from wcmi_fast.training.config import TrainingConfig
 from wcmi_fast.training.schedule import factor
+from wcmi_fast.training.seeds import starts_generator
 
 
 def scaled(attack: PGD, part: float) -> PGD:
     """Return the attack with eps and step size multiplied by a part."""
     # A part of 0 makes eps 0, where the step size does not matter but must not be 0.
     return replace(attack, eps=attack.eps * part, step_size=attack.step_size * (part or 1.0))
+
+
+def attacked(
+    attack: PGD,
+    loss_fn: Callable[[Tensor], Tensor],
+    images: Tensor,
+    part: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Attack a batch, of which every process has a part, at a part of the radius."""
+    starts, whole = starts_generator(generator, images.device), ranks.part_of(images)
+    return scaled(attack, part).attack(loss_fn, images, generator=starts, part_of=whole)
 
 
 def ramp(done: float, warmup: float) -> float:

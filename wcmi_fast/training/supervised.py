@@ -19,13 +19,13 @@ from wcmi_fast.training.config import ClassifierConfig, HeadConfig
 from wcmi_fast.training.evaluation import accuracy, classification_loss, represent
 from wcmi_fast.training.free import Perturbation
 from wcmi_fast.training.run_folder import RunFolder
-from wcmi_fast.training.seeds import seeded, starts_generator
+from wcmi_fast.training.seeds import seeded
 from wcmi_fast.training.stage import OnBatch, Stage, Values, ignore, run_stage, watched_by
 from wcmi_fast.training.steps import (
+    attacked,
     autocast,
     new_optimizer,
     ramp,
-    scaled,
     set_learning_rate,
     stepped,
 )
@@ -189,10 +189,8 @@ def _features_of(fit: _Fit) -> Callable[[Tensor, float, torch.Generator], Tensor
         with autocast(config, images.device):
             if config.attack is not None:
                 loss_fn = classification_loss(fit.encoder, folded(fit.model), fit.y[indices])
-                ramped = scaled(config.attack, ramp(done, config.eps_warmup))
-                starts = starts_generator(generator, images.device)
-                whole = ranks.part_of(images)
-                images = ramped.attack(loss_fn, images, generator=starts, part_of=whole)
+                part = ramp(done, config.eps_warmup)
+                images = attacked(config.attack, loss_fn, images, part, generator)
             return represent(fit.encoder, images)
 
     return changed
